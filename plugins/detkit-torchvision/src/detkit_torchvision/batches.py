@@ -1,0 +1,180 @@
+"""From image files to batches: decode, resize once as uint8, remember, augment; everything random has its own seed.
+
+The randomness of one image in one epoch is drawn from ``(seed, epoch, position)`` alone, so batches are the same with
+any number of workers and after any resume.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from detkit.data import Dataset, Indices
+from detkit.images import Image
+from detkit_torchvision.models import Targets, final_size
+
+_CACHE_SHARE = 0.25
+"""Share of the machine's memory that decoded images may take."""
+
+_AHEAD = 2
+"""Batches decoded ahead of the step that needs them."""
+
+_LEAST_VISIBLE = 0.35
+"""Share of its area that a box must keep in a crop to stay (prototype on NEU-DET, see docs/explanation/recipe.md)."""
+
+
+class Batch(NamedTuple):
+    images: list[Tensor]
+    """uint8 ``(3, h, w)`` at the network's input size."""
+    targets: Targets
+    indices: list[int]
+
+
+def resize(image: Image, width: int, height: int) -> Tensor:
+    """Return an ``(h, w, 3)`` image as a uint8 ``(3, height, width)`` tensor, antialiased."""
+    tensor = torch.from_numpy(image).permute(2, 0, 1)  # HWC in memory: resizing uint8 so is 5 times as fast
+    if image.shape[:2] == (height, width):
+        return tensor
+    return F.resize(tensor, [height, width], antialias=True)
+
+
+class Inputs:
+    """The images of a data set at a network's input size, kept in memory once decoded while they fit."""
+
+    def __init__(self, data: Dataset, model: str, image_size: int) -> None:
+        self.data = data
+        self.sizes = [final_size(model, image_size, int(w), int(h)) for w, h in data.sizes]
+        needed = sum(3 * w * h for w, h in self.sizes)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self._cache: list[Tensor | None] | None = [None] * len(data) if needed <= _CACHE_SHARE * memory else None
+
+    def image(self, index: int) -> Tensor:
+        """Return one image. Raises `detkit.errors.ImageError` naming the file."""
+        if self._cache is not None and (cached := self._cache[index]) is not None:
+            return cached
+        image = resize(self.data[index].image(), *self.sizes[index])
+        if self._cache is not None:
+            self._cache[index] = image
+        return image
+
+    def target(self, index: int, label_offset: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return boxes in input pixels and shifted labels; crowd regions are left out."""
+        sample = slice(int(self.data.offsets[index]), int(self.data.offsets[index + 1]))
+        keep = ~self.data.crowd[sample]
+        width, height = self.sizes[index]
+        scale = np.array([width, height] * 2) / np.tile(self.data.sizes[index], 2)
+        boxes = np.clip(self.data.boxes[sample][keep] * scale, 0, [width, height, width, height])
+        return boxes, self.data.labels[sample][keep] + label_offset
+
+
+def epoch_order(num_images: int, batch_size: int, seed: int, epoch: int) -> list[Indices]:
+    """Return the image indices of each batch of an epoch; a last batch of one image joins the one before it."""
+    order = np.random.default_rng([seed, epoch]).permutation(num_images)
+    batches = [order[start : start + batch_size] for start in range(0, num_images, batch_size)]
+    if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation cannot train on one image's 1x1 maps
+        last = batches.pop()
+        batches[-1] = np.concatenate([batches[-1], last])
+    return batches
+
+
+def num_batches(num_images: int, batch_size: int) -> int:
+    """Return how many batches `epoch_order` makes."""
+    return len(epoch_order(num_images, batch_size, 0, 0))
+
+
+def batches(
+    inputs: Inputs,
+    *,
+    batch_size: int,
+    label_offset: int,
+    augmentations: Sequence[str],
+    seed: int,
+    first_step: int,
+    last_step: int,
+    num_workers: int,
+) -> Iterator[Batch]:
+    """Yield the batches of steps ``first_step`` to ``last_step - 1``; step 0 is the first of epoch 0."""
+    per_epoch = num_batches(len(inputs.data), batch_size)
+
+    def load(step: int) -> Batch:
+        epoch, position = divmod(step, per_epoch)
+        indices = orders(epoch)[position].tolist()
+        images, targets = [], []
+        for index in indices:
+            rng = np.random.default_rng([seed, epoch, index])
+            image, boxes, labels = augment(inputs.image(index), *inputs.target(index, label_offset), augmentations, rng)
+            images.append(image)
+            targets.append({"boxes": torch.from_numpy(boxes).float(), "labels": torch.from_numpy(labels)})
+        return Batch(images, targets, indices)
+
+    known: dict[int, list[Indices]] = {}
+
+    def orders(epoch: int) -> list[Indices]:
+        if epoch not in known:
+            known.pop(epoch - 2, None)
+            known[epoch] = epoch_order(len(inputs.data), batch_size, seed, epoch)
+        return known[epoch]
+
+    steps = iter(range(first_step, last_step))
+    if num_workers == 0:
+        yield from map(load, steps)
+        return
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(num_workers, thread_name_prefix="decode"))
+        waiting: deque[Future[Batch]] = deque()
+        stack.callback(lambda: [future.cancel() for future in waiting])
+        for step in steps:
+            waiting.append(pool.submit(load, step))
+            if len(waiting) > _AHEAD + num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def augment(
+    image: Tensor, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], rng: np.random.Generator
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Change an image and its boxes at random, by the named changes. Returns new tensors."""
+    height, width = image.shape[-2:]
+    if "zoom" in names and rng.random() < 0.7:
+        image, boxes, labels = _zoom(image, boxes, labels, rng)
+    if "hflip" in names and rng.random() < 0.5:
+        image = F.horizontal_flip(image)
+        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+    if "vflip" in names and rng.random() < 0.5:
+        image = F.vertical_flip(image)
+        boxes = np.stack([boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]], axis=1)
+    if "color" in names:
+        image = F.adjust_contrast(image, float(rng.uniform(0.7, 1.4)))
+        image = F.adjust_brightness(image, float(rng.uniform(0.85, 1.15)))
+    return image, boxes, labels
+
+
+def _zoom(
+    image: Tensor, boxes: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Scale by .7 to 1.6 with a mild change of aspect, then crop or pad to the size before."""
+    height, width = image.shape[-2:]
+    scale, aspect = rng.uniform(0.7, 1.6), np.sqrt(rng.uniform(0.85, 1.15))
+    new_width, new_height = max(1, round(width * scale * aspect)), max(1, round(height * scale / aspect))
+    scaled = F.resize(image, [new_height, new_width], antialias=True)
+    left = round(rng.uniform(min(0, width - new_width), max(0, width - new_width)))
+    top = round(rng.uniform(min(0, height - new_height), max(0, height - new_height)))
+    canvas = torch.zeros_like(image)
+    x0, y0 = max(0, left), max(0, top)
+    x1, y1 = min(width, left + new_width), min(height, top + new_height)
+    canvas[:, y0:y1, x0:x1] = scaled[:, y0 - top : y1 - top, x0 - left : x1 - left]
+    moved = boxes * (np.array([new_width, new_height] * 2) / np.array([width, height] * 2)) + [left, top, left, top]
+    cut = np.clip(moved, 0, [width, height, width, height])
+    sides_before, sides_after = moved[:, 2:] - moved[:, :2], cut[:, 2:] - cut[:, :2]
+    keep = sides_after.prod(axis=1) >= _LEAST_VISIBLE * sides_before.prod(axis=1)
+    return canvas, cut[keep], labels[keep]

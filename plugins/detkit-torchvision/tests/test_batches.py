@@ -1,0 +1,90 @@
+"""Batches depend on seed, epoch and position alone; boxes follow their pixels through every augmentation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from detkit.data import Dataset, Sample
+from detkit_torchvision.batches import Batch, Inputs, augment, batches, epoch_order, num_batches
+
+EVERYTHING = ("zoom", "hflip", "vflip", "color")
+
+
+def collect(data: Dataset, first: int, last: int, num_workers: int, seed: int = 3) -> list[Batch]:
+    inputs = Inputs(data, "fcos_tiny", 64)
+    return list(
+        batches(
+            inputs,
+            batch_size=3,
+            label_offset=0,
+            augmentations=EVERYTHING,
+            seed=seed,
+            first_step=first,
+            last_step=last,
+            num_workers=num_workers,
+        )
+    )
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        x.indices == y.indices
+        and all(torch.equal(i, j) for i, j in zip(x.images, y.images, strict=True))
+        and all(torch.equal(s["boxes"], t["boxes"]) for s, t in zip(x.targets, y.targets, strict=True))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_workers_and_resume_change_nothing(tiny: Dataset) -> None:
+    whole = collect(tiny, 0, 8, num_workers=0)
+    assert same(whole, collect(tiny, 0, 8, num_workers=3))
+    assert same(whole[5:], collect(tiny, 5, 8, num_workers=0))
+    assert not same(whole, collect(tiny, 0, 8, num_workers=0, seed=4))
+
+
+@pytest.mark.parametrize(("images", "batch", "sizes"), [(7, 3, [3, 4]), (6, 3, [3, 3]), (8, 3, [3, 3, 2]), (1, 4, [1])])
+def test_every_image_once_an_epoch(images: int, batch: int, sizes: list[int]) -> None:
+    order = epoch_order(images, batch, seed=0, epoch=2)
+    assert [len(part) for part in order] == sizes
+    assert sorted(np.concatenate(order).tolist()) == list(range(images))
+    assert num_batches(images, batch) == len(sizes)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_boxes_follow_their_pixels(name: str) -> None:
+    """A bright rectangle on black: after each change its box is where the bright pixels are."""
+    image = torch.zeros(3, 64, 96, dtype=torch.uint8)
+    image[:, 20:40, 30:60] = 200
+    for seed in range(20):
+        changed, boxes, labels = augment(
+            image, np.array([[30.0, 20.0, 60.0, 40.0]]), np.array([1]), [name], np.random.default_rng(seed)
+        )
+        assert changed.shape == image.shape
+        assert labels.tolist() == [1]
+        bright = torch.nonzero(changed[0] > 100)
+        low, high = bright.min(dim=0).values.tolist(), (bright.max(dim=0).values + 1).tolist()
+        assert np.abs(boxes[0] - [low[1], low[0], high[1], high[0]]).max() <= 1.5
+
+
+def test_crowd_regions_are_no_targets(tiny: Dataset) -> None:
+    first = tiny[0]
+    assert isinstance(first, Sample)
+    crowd = Dataset.from_samples(
+        tiny.classes,
+        [
+            Sample(
+                path=first.path,
+                width=first.width,
+                height=first.height,
+                boxes=first.boxes,
+                names=first.names,
+                crowd=np.ones(len(first.names), dtype=bool),
+            )
+        ],
+    )
+    boxes, labels = Inputs(crowd, "fcos_tiny", 64).target(0, 0)
+    assert len(first.names) > 0
+    assert boxes.shape == (0, 4)
+    assert len(labels) == 0

@@ -1,0 +1,120 @@
+"""``weights=``: the cache, a file, an earlier run; nothing is fetched unasked, nothing unsafe is opened."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import detection
+
+import detkit
+from detkit.data import Dataset
+from detkit.errors import RunFailed, UnknownName, UsageError
+from detkit_torchvision.models import build, coco_weights
+from detkit_torchvision.params import COCO_FILES, suggest, weights_cache
+from detkit_torchvision.weights import read_state_dict
+
+MODEL = "ssdlite320_mobilenet_v3_large"
+
+
+def fill_cache(model: str = MODEL) -> Path:
+    """Put a state dict of torchvision's own 91-class network where torch keeps what it fetched."""
+    torch.manual_seed(5)
+    network = getattr(detection, model)(weights=None, weights_backbone=None, num_classes=91)
+    path = weights_cache() / COCO_FILES[model]
+    path.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def quick(tiny: Dataset, **settings: object) -> detkit.Run:
+    trainer = detkit.Trainer(model=f"torchvision/{MODEL}", iterations=1, batch_size=2, device="cpu", name="quick")
+    return trainer.fit(tiny, tiny, quiet=True, **settings)
+
+
+def test_coco_weights_from_the_cache(tiny: Dataset, tmp_path: Path) -> None:
+    """Classes that COCO knows keep their outputs, by name; the others start fresh; the manifest says which."""
+    path = fill_cache()
+    renamed = detkit.Dataset.from_samples(["cat", "square"], [_rename(sample, {"disc": "cat"}) for sample in tiny])
+    run = quick(renamed, weights="coco")
+    origin = run.model.manifest.weights
+    assert (origin.source, origin.kept, origin.new) == ("coco", ["cat"], ["square"])
+    assert "BSD-3-Clause" in origin.licence
+    assert len(origin.sha256) == 64
+    assert path.is_file()
+
+
+def test_auto_never_fetches(tiny: Dataset) -> None:
+    with pytest.raises(RunFailed, match=r"weights=coco would fetch them.*put the file at .*weights=none"):
+        quick(tiny)  # the default of a stock model is weights=auto
+
+
+def test_weights_that_cannot_be_fetched(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there, whatever the network
+    with pytest.raises(RunFailed, match=r"cannot be fetched .*put the file at .*ssdlite320"):
+        quick(tiny, weights="coco")
+
+
+def test_unknown_word_for_weights(tiny: Dataset) -> None:
+    with pytest.raises(UnknownName, match="did you mean 'coco'"):
+        quick(tiny, weights="cocoo")
+
+
+def test_a_file_of_the_same_network(tiny: Dataset, tmp_path: Path) -> None:
+    """A bare state dict has no class names, so its outputs are not used; the rest is."""
+    network = build(MODEL, 7, image_size=320)
+    torch.save({"model": network.state_dict()}, tmp_path / "mine.pth")
+    origin = quick(tiny, weights=str(tmp_path / "mine.pth")).model.manifest.weights
+    assert origin.source.endswith("mine.pth")
+    assert (origin.kept, origin.new) == ([], list(tiny.classes))
+
+
+def test_a_file_of_another_network(tiny: Dataset, tmp_path: Path) -> None:
+    torch.save(build("ssd_tiny", 2, image_size=64).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(RunFailed, match="another network"):
+        quick(tiny, weights=str(tmp_path / "other.pth"))
+
+
+class Exploit:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("pwned"),))
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Exploit()))
+    with pytest.raises(UsageError, match="cannot be|safely"):
+        read_state_dict(tmp_path / "evil.pth")
+    assert not Path("pwned").exists()
+
+
+def test_from_an_earlier_run_by_class_name(tiny: Dataset) -> None:
+    """The parent's classes come in another order and one is new."""
+    parent = detkit.Trainer(model="torchvision/fcos_tiny", iterations=2, image_size=64, device="cpu", name="old").fit(
+        tiny, tiny, quiet=True
+    )
+    names = ["square", "triangle", "disc"]
+    more = detkit.Dataset.from_samples(names, list(tiny))
+    child = detkit.Trainer(
+        model="torchvision/fcos_tiny", iterations=1, image_size=64, device="cpu", name="new", weights=parent
+    ).fit(more, more, quiet=True)
+    origin = child.model.manifest.weights
+    assert (origin.kept, origin.new) == (["square", "disc"], ["triangle"])
+    assert child.model.manifest.parent
+
+
+def test_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` starts from scratch with nothing in the cache, and fine-tunes what is there."""
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi: as on a machine without a GPU
+    assert suggest().model == "fcos_tiny"
+    assert "weights=coco" in suggest().reason
+    fill_cache()
+    assert suggest().model == MODEL
+    assert coco_weights("fcos_tiny") is None
+
+
+def _rename(sample: detkit.Sample, names: dict[str, str]) -> detkit.Sample:
+    from dataclasses import replace
+
+    return replace(sample, names=tuple(names.get(name, name) for name in sample.names))

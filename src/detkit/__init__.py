@@ -1,0 +1,76 @@
+"""detkit makes every object-detection stack look like one: the same data set, fit, predict and scores.
+
+Importing this package loads none of its modules; each name arrives when it is first used (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Dataset": "data",
+    "DetkitError": "errors",
+    "Detections": "data",
+    "Model": "job",
+    "Predictor": "predictor",
+    "Run": "runs",
+    "Sample": "data",
+    "Scores": "scores",
+    "Trainer": "trainer",
+    "check": "formats.findings",
+    "draw": "drawing",
+    "evaluate": "evaluation",
+    "open_run": "catalog",
+    "read_dataset": "io",
+    "score": "scores",
+    "write_dataset": "io",
+}
+
+__all__ = [
+    "Dataset",
+    "Detections",
+    "DetkitError",
+    "Model",
+    "Predictor",
+    "Run",
+    "Sample",
+    "Scores",
+    "Trainer",
+    "__version__",
+    "check",
+    "draw",
+    "evaluate",
+    "open_run",
+    "read_dataset",
+    "score",
+    "write_dataset",
+]
+
+if TYPE_CHECKING:
+    from detkit.catalog import open_run
+    from detkit.data import Dataset, Detections, Sample
+    from detkit.drawing import draw
+    from detkit.errors import DetkitError
+    from detkit.evaluation import evaluate
+    from detkit.formats.findings import check
+    from detkit.io import read_dataset, write_dataset
+    from detkit.job import Model
+    from detkit.predictor import Predictor
+    from detkit.runs import Run
+    from detkit.scores import Scores, score
+    from detkit.trainer import Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'detkit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"detkit.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,68 @@
+"""The command line, ``detkit``: one grammar, one file per group of verbs.
+
+``detkit VERB [RUN|MODEL] [DATA[:SPLIT]] [--option value] [param=value ...]``
+
+``detkit --help`` loads neither numpy nor a plugin: every command imports what it needs when it runs.
+"""
+
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+import detkit
+from detkit.cli import backends, demo, doctor, evaluation, messages, models, prediction, runs, training
+from detkit.errors import DetkitError
+
+app = typer.Typer(
+    name="detkit",
+    help="Train, use and compare object detectors of any framework.",
+    epilog="Exit codes: 0 done, 1 findings or a failed threshold, 2 wrong use, 3 failure of a backend, 130 stopped.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Flags that a backend declares are not known here: `train` and `explain` collect them.
+_OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app.command(context_settings=_OPEN)(training.train)
+app.command()(prediction.predict)
+app.command()(evaluation.evaluate)
+app.command()(models.models)
+app.command(context_settings=_OPEN)(training.explain)
+app.add_typer(runs.app, name="runs")
+app.add_typer(backends.app, name="backends")
+app.command()(doctor.doctor)
+app.command()(demo.demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"detkit {detkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Train, use and compare object detectors of any framework."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and leave the process with its exit code; what detkit can explain comes without a traceback."""
+    words = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in words
+    warnings.showwarning = messages.show_warning
+    try:
+        app(words, prog_name="detkit")
+    except DetkitError as error:
+        sys.exit(messages.report(error, as_json=as_json))
+    except SystemExit as leaving:
+        if leaving.code == messages.WRONG_USE and as_json:  # typer has said on standard error what is wrong
+            messages.print_json({"error": "the command line is not understood", "code": messages.WRONG_USE})
+        raise

@@ -1,0 +1,173 @@
+"""``detkit train`` and ``detkit explain``."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from detkit.cli import messages
+from detkit.cli.runs import Json, describe, last_step, print_summary
+from detkit.cli.words import Words, sort_words
+
+if TYPE_CHECKING:
+    from detkit.runs import Run
+
+ModelName = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="`backend/model`, see `detkit models`; chosen if absent.")
+]
+BackendName = Annotated[
+    str | None, typer.Option("--backend", metavar="BACKEND", help="Who trains it, where the model does not tell.")
+]
+
+
+def train(
+    context: typer.Context,
+    *,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DATA [VAL] [--option VALUE] [param=value]",
+            help="A data set, PATH or PATH:SPLIT; options and parameters of the backend, see `detkit explain`.",
+            show_default=False,
+        ),
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(metavar="DATA[:SPLIT]", help="Scored once, at the end; held out of DATA if absent.")
+    ] = None,
+    model: ModelName = None,
+    backend: BackendName = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The run's name under `runs/`, or its folder.")
+    ] = None,
+    on_invalid: Annotated[
+        str | None, typer.Option(metavar="raise|drop", help="Refuse unusable boxes, or leave them out and count them.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="The data's format; recognised if absent.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Continue a stopped, interrupted or failed run in place.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Start it, leave it running, and return.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a detector on a folder of images and annotations.
+
+    Data without splits of its own is cut: 64 % to train, 16 % to choose the weights by, 20 % for the final test.
+    Options say where and how fast (`--device cpu`); parameters change the model that comes out (`epochs=20`).
+    """
+    from detkit.trainer import watch
+
+    given = sort_words([*(words or []), *context.args], _own_flags(context))
+    own = {"model": model, "backend": backend, "name": name, "on_invalid": on_invalid}
+    run: Run | None = None
+    try:
+        if resume is None:
+            run = _start(given, own, test=test, data_format=format, detach=detach)
+        else:
+            run = _resume(resume, given, {**own, "test": test, "format": format}, detach=detach)
+        if not detach:
+            watch(run, quiet=quiet)
+    except KeyboardInterrupt:
+        _print_stopped(run, as_json=as_json)
+        raise typer.Exit(messages.STOPPED) from None
+    if detach and not quiet:
+        for event in run.events(follow=False):
+            if event.kind == "log":
+                messages.tell(str(event.values.get("message", "")))
+    if as_json:
+        messages.print_json(describe(run))
+    elif detach:
+        place = messages.shown(run.path)
+        print(f"run    {place}")
+        print(f"next:  detkit runs attach {place}")
+        print(f"       detkit runs stop {place}")
+    else:
+        print_summary(run)
+    if not detach and run.status != "finished":
+        raise typer.Exit(messages.STOPPED)
+
+
+def _start(given: Words, own: dict[str, Any], *, test: str | None, data_format: str | None, detach: bool) -> "Run":
+    from detkit.errors import UsageError
+    from detkit.io import read_dataset
+    from detkit.trainer import Trainer
+
+    if len(given.positions) > 2:
+        raise UsageError(
+            f"{len(given.positions)} data sets: {', '.join(given.positions)}; expected DATA and at most one for "
+            "validation; test data goes to --test"
+        )
+    data: list[Any] = [*given.positions, None, None][:2]
+    data.append(test)
+    if data_format is not None:
+        data = [None if path is None else read_dataset(path, format=data_format) for path in data]
+    trainer = Trainer(**own)
+    return trainer.start(*data, leash=not detach, **given.settings)
+
+
+def _resume(name: str, given: Words, own: dict[str, Any], *, detach: bool) -> "Run":
+    from detkit import catalog
+    from detkit.errors import UsageError
+
+    extra = [*given.positions, *given.settings, *(f"--{n.replace('_', '-')}" for n, v in own.items() if v is not None)]
+    if extra:
+        raise UsageError(f"--resume continues a run as it was started; leave out {', '.join(extra)}")
+    return catalog.open_run(name).resume(leash=not detach)
+
+
+def _print_stopped(run: "Run | None", *, as_json: bool) -> None:
+    if run is None:
+        messages.tell("stopped before training began")
+    elif as_json:
+        messages.print_json(describe(run))
+    elif run.status == "finished":
+        messages.tell("training had already finished")
+        print_summary(run)
+    if run is not None and run.status != "finished":
+        place = messages.shown(run.path)
+        messages.tell(f"stopped at step {last_step(run)}; continue with `detkit train --resume {place}`")
+
+
+def explain(
+    context: typer.Context,
+    *,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[--option VALUE] [param=value]",
+            help="Options and parameters as for `detkit train`.",
+            show_default=False,
+        ),
+    ] = None,
+    model: ModelName = None,
+    backend: BackendName = None,
+    as_json: Json = False,
+) -> None:
+    """Show every setting of a training: its value, where that comes from, and what the framework is told.
+
+    Stronger first: the command line, `DETKIT_<NAME>` in the environment, the nearest `detkit.yaml`, the default.
+    """
+    from detkit.errors import UsageError
+    from detkit.trainer import Trainer
+
+    given = sort_words([*(words or []), *context.args], _own_flags(context))
+    if given.positions:
+        raise UsageError(f"explain takes no data, but got {', '.join(given.positions)}")
+    found = Trainer(model=model, backend=backend).explain(**given.settings)
+    if as_json:
+        messages.print_json(found.to_dict())
+        return
+    print(f"model {found.backend}/{found.model}" + (f": {found.reason}" if found.reason else ""))
+    for kind, title in (("parameter", "parameters (param=value)"), ("option", "options (--option value)")):
+        print(f"\n{title}")
+        messages.print_table(
+            ("name", "value", "from", "native", "description"),
+            [(row.name, row.value, row.origin, row.native, row.description) for row in found.rows if row.kind == kind],
+        )
+
+
+def _own_flags(context: typer.Context) -> set[str]:
+    return {
+        flag.removeprefix("--") for parameter in context.command.params for flag in parameter.opts if flag[:2] == "--"
+    }

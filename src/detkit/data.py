@@ -1,0 +1,427 @@
+"""A data set as columns, one image of it as a `Sample`, and what a model found as `Detections`.
+
+Class *names* are the identity of a class. Labels are indices into ``classes`` (``0 .. K-1``) that never leave the
+object they belong to; nothing outside a format adapter or an engine ever sees a foreign id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detkit import images
+from detkit.boxes import Boxes, area
+from detkit.errors import ClassMismatch, InvalidData, InvalidValue, UnknownName, UsageError
+
+Indices: TypeAlias = NDArray[np.int64]
+Flags: TypeAlias = NDArray[np.bool_]
+Extra: TypeAlias = Mapping[str, Any]
+
+_NO_EXTRA: Extra = {}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sample:
+    """One image with its boxes: a row of a `Dataset`, or what one is built from."""
+
+    path: str
+    """Where the image file lies."""
+    width: int
+    """Pixels, as displayed (EXIF orientation applied)."""
+    height: int
+    boxes: Boxes = field(default_factory=lambda: np.zeros((0, 4)))
+    """``(n, 4)``, xyxy, absolute pixels, 0-based, half-open."""
+    names: tuple[str, ...] = ()
+    """The class name of each box."""
+    image_id: str = ""
+    """Unique relative name; the file's name where nothing is given."""
+    difficult: Flags | None = None
+    """Objects that VOC evaluation ignores; none where nothing is given."""
+    crowd: Flags | None = None
+    """COCO ``iscrowd`` regions; none where nothing is given."""
+    area: NDArray[np.float64] | None = None
+    """Square pixels of each object, of its mask where there is one; of its box where nothing is given."""
+    masks: tuple[Any, ...] | None = None
+    """COCO segmentations (polygons or RLE) of each box, or None where an object has none."""
+    extra: Extra = field(default_factory=dict)
+    """Keys of the image's record that detkit does not interpret, kept for writing."""
+    box_extra: tuple[Extra, ...] | None = None
+    """The same for each box."""
+    source: str = ""
+    """The annotation file."""
+    records: Indices | None = None
+    """Number of each box's record in `source`, counted from 0."""
+
+    def image(self) -> images.Image:
+        """Decode the pixels: ``(height, width, 3)`` uint8 RGB. Raises `detkit.errors.ImageError`."""
+        return images.read_image(self.path)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Dataset:
+    """Images and their boxes, held as columns; immutable.
+
+    Boxes of image ``i`` are rows ``offsets[i]:offsets[i + 1]`` of ``boxes``, ``labels``, ``difficult``, ``crowd``,
+    ``area`` and ``records``. ``data[i]`` is a `Sample`; ``data.splits["train"]`` is a `Dataset`.
+    """
+
+    classes: tuple[str, ...]
+    """Class names; a label is an index into them."""
+    image_ids: tuple[str, ...]
+    """Unique relative names, with forward slashes."""
+    paths: tuple[str, ...]
+    sizes: Indices
+    """``(n, 2)`` width and height in pixels, as displayed."""
+    offsets: Indices
+    """``(n + 1,)``, rising from 0."""
+    boxes: Boxes
+    labels: Indices
+    difficult: Flags
+    crowd: Flags
+    area: NDArray[np.float64]
+    records: Indices
+    sources: tuple[str, ...]
+    masks: tuple[Any, ...] | None = None
+    extra: tuple[Extra, ...] | None = None
+    box_extra: tuple[Extra, ...] | None = None
+    split_indices: Mapping[str, Indices] = field(default_factory=dict)
+    """Image indices of each split the data came with."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) != len(self.classes):
+            raise InvalidData(f"class names are not unique: {', '.join(self.classes)}")
+        if len(set(self.image_ids)) != len(self.image_ids):
+            seen: set[str] = set()
+            twice = next(i for i in self.image_ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+            raise InvalidData(f"image {twice!r} is there twice; image ids must be unique")
+        for column in (self.sizes, self.offsets, self.boxes, self.labels, self.difficult, self.crowd, self.area):
+            column.flags.writeable = False
+
+    @classmethod
+    def from_samples(
+        cls, classes: Sequence[str], samples: Iterable[Sample], splits: Mapping[str, Sequence[int]] | None = None
+    ) -> Dataset:
+        """Build a data set from samples whose names are all in ``classes``. Raises `ClassMismatch`, `InvalidData`."""
+        rows = list(samples)
+        index = {name: i for i, name in enumerate(classes)}
+        unknown = sorted({name for row in rows for name in row.names if name not in index})
+        if unknown:
+            raise ClassMismatch("samples", list(classes), [*classes, *unknown])
+        counts = [len(row.names) for row in rows]
+        for row in rows:
+            if np.shape(row.boxes) != (len(row.names), 4):
+                raise InvalidData(
+                    f"{row.path}: boxes of shape {np.shape(row.boxes)} for {len(row.names)} names; "
+                    f"expected ({len(row.names)}, 4)"
+                )
+
+        def column(name: str, default: Any, dtype: Any) -> Any:
+            parts = [getattr(row, name) for row in rows]
+            parts = [default(row) if part is None else part for part, row in zip(parts, rows, strict=True)]
+            return np.concatenate([np.asarray(part, dtype=dtype) for part in parts] or [np.zeros(0, dtype)])
+
+        def absent(row: Sample) -> Flags:
+            return np.zeros(len(row.names), dtype=bool)
+
+        boxes = np.concatenate([np.asarray(row.boxes, dtype=np.float64) for row in rows] or [np.zeros((0, 4))])
+        has_masks = any(row.masks is not None for row in rows)
+        has_box_extra = any(row.box_extra is not None for row in rows)
+        return cls(
+            classes=tuple(classes),
+            image_ids=tuple(row.image_id or Path(row.path).name for row in rows),
+            paths=tuple(row.path for row in rows),
+            sizes=np.array([(row.width, row.height) for row in rows], dtype=np.int64).reshape(-1, 2),
+            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            boxes=boxes,
+            labels=np.array([index[name] for row in rows for name in row.names], dtype=np.int64),
+            difficult=column("difficult", absent, bool),
+            crowd=column("crowd", absent, bool),
+            area=column("area", lambda row: area(np.asarray(row.boxes, dtype=np.float64)), np.float64),
+            records=column("records", lambda row: np.arange(len(row.names)), np.int64),
+            sources=tuple(row.source for row in rows),
+            masks=tuple(m for row in rows for m in (row.masks or (None,) * len(row.names))) if has_masks else None,
+            extra=tuple(row.extra for row in rows) if any(row.extra for row in rows) else None,
+            box_extra=(
+                tuple(e for row in rows for e in (row.box_extra or (_NO_EXTRA,) * len(row.names)))
+                if has_box_extra
+                else None
+            ),
+            split_indices={k: np.asarray(v, dtype=np.int64) for k, v in (splits or {}).items()},
+        )
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.image_ids)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Dataset: ...
+    def __getitem__(self, index: int | slice) -> Sample | Dataset:
+        if isinstance(index, slice):
+            return self.take(range(*index.indices(len(self))))
+        i = range(len(self))[index]
+        rows = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+        return Sample(
+            path=self.paths[i],
+            width=int(self.sizes[i, 0]),
+            height=int(self.sizes[i, 1]),
+            boxes=self.boxes[rows],
+            names=tuple(self.classes[label] for label in self.labels[rows]),
+            image_id=self.image_ids[i],
+            difficult=self.difficult[rows],
+            crowd=self.crowd[rows],
+            area=self.area[rows],
+            masks=None if self.masks is None else self.masks[rows],
+            extra=_NO_EXTRA if self.extra is None else self.extra[i],
+            box_extra=None if self.box_extra is None else self.box_extra[rows],
+            source=self.sources[i],
+            records=self.records[rows],
+        )
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name} {count}" for name, count in self.boxes_per_class().items())
+        splits = f"; splits: {', '.join(self.split_indices)}" if self.split_indices else ""
+        return f"<Dataset: {len(self)} images, {len(self.boxes)} boxes ({counts}){splits}>"
+
+    def boxes_per_class(self) -> dict[str, int]:
+        """Return how many boxes each class has, in class order, classes without boxes included."""
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        return {name: int(count) for name, count in zip(self.classes, counts, strict=True)}
+
+    def boxes_per_image(self) -> Indices:
+        """Return the ``(n,)`` number of boxes of each image."""
+        return np.diff(self.offsets)
+
+    @property
+    def splits(self) -> Mapping[str, Dataset]:
+        """The splits the data came with, by name; empty where it came in one piece. Each is built when looked up."""
+        return _Splits(self)
+
+    def take(self, indices: Iterable[int]) -> Dataset:
+        """Return the images at ``indices``, in that order, without split names."""
+        chosen = np.fromiter(indices, dtype=np.int64)
+        counts = self.boxes_per_image()[chosen]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        rows = np.repeat(self.offsets[chosen] - offsets[:-1], counts) + np.arange(offsets[-1])
+        return self._with_rows(chosen, offsets, rows)
+
+    def keep_boxes(self, keep: Flags) -> Dataset:
+        """Return all images with only the boxes where ``keep``, a ``(num_boxes,)`` mask, is true."""
+        kept = np.concatenate([[0], np.cumsum(keep)]).astype(np.int64)
+        everything = np.arange(len(self))
+        return replace(
+            self._with_rows(everything, kept[self.offsets], np.flatnonzero(keep)), split_indices=self.split_indices
+        )
+
+    def _with_rows(self, chosen: Indices, offsets: Indices, rows: Indices) -> Dataset:
+        def pick(column: Sequence[Any] | None, at: Indices) -> Any:
+            return None if column is None else tuple(column[i] for i in at)
+
+        return Dataset(
+            classes=self.classes,
+            image_ids=pick(self.image_ids, chosen),
+            paths=pick(self.paths, chosen),
+            sizes=self.sizes[chosen],
+            offsets=offsets,
+            boxes=self.boxes[rows],
+            labels=self.labels[rows],
+            difficult=self.difficult[rows],
+            crowd=self.crowd[rows],
+            area=self.area[rows],
+            records=self.records[rows],
+            sources=pick(self.sources, chosen),
+            masks=pick(self.masks, rows),
+            extra=pick(self.extra, chosen),
+            box_extra=pick(self.box_extra, rows),
+        )
+
+    def with_classes(self, classes: Sequence[str], what: str = "data") -> Dataset:
+        """Return the same boxes under another list of class names, matched by name.
+
+        ``classes`` may be longer or in another order; a class that has boxes here and is not in it raises
+        `ClassMismatch`.
+        """
+        if tuple(classes) == self.classes:
+            return self
+        used = [name for name, count in self.boxes_per_class().items() if count]
+        if any(name not in classes for name in used):
+            raise ClassMismatch(what, list(classes), used)
+        index = {name: i for i, name in enumerate(classes)}
+        table = np.array([index.get(name, -1) for name in self.classes], dtype=np.int64)
+        return replace(self, classes=tuple(classes), labels=table[self.labels] if len(table) else self.labels.copy())
+
+    def split(self, *fractions: float, seed: int = 0) -> tuple[Dataset, ...]:
+        """Cut the data into parts by image, each class spread over the parts in proportion to its boxes.
+
+        ``fractions`` sum to 1; every part has its exact share of images, rounded to whole ones. The same seed gives the
+        same parts. Data that came split keeps its splits: this raises `UsageError` and names them. The method is
+        iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011, "On the Stratification of Multi-label Data").
+        """
+        if self.split_indices:
+            names = ", ".join(f"{name} ({len(at)})" for name, at in self.split_indices.items())
+            raise UsageError(
+                f"this data came with splits: {names}; use data.splits[...], or data.take(range(len(data))) to cut anew"
+            )
+        if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+            raise InvalidValue("fractions", fractions, "positive numbers that sum to 1")
+        if len(self) < len(fractions):
+            raise UsageError(f"{len(self)} image(s) cannot be cut into {len(fractions)} parts; each needs at least one")
+        return tuple(self.take(part) for part in _stratify(self, np.array(fractions), seed))
+
+    def digest(self) -> str:
+        """Return the sha256 of classes, image ids, sizes and boxes; pixels are not part of it."""
+        h = hashlib.sha256(json.dumps([self.classes, self.image_ids]).encode())
+        for column in (self.sizes, self.offsets, self.boxes, self.labels, self.difficult, self.crowd, self.area):
+            h.update(np.ascontiguousarray(column).tobytes())
+        return h.hexdigest()
+
+    def save_columns(self, file: Any) -> None:
+        """Write every column but `paths` to an open ``.npz`` file; nothing is pickled."""
+        columns: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
+        for name in _TEXTS:
+            columns[name] = np.frombuffer(json.dumps(getattr(self, name)).encode(), dtype=np.uint8)
+        np.savez(file, **columns)
+
+    @classmethod
+    def load_columns(cls, file: Path, images_root: Path) -> Dataset:
+        """Read what `save_columns` wrote; image paths are ``images_root / image_id``."""
+        with np.load(file, allow_pickle=False) as columns:
+            arrays = {name: columns[name] for name in _ARRAYS}
+            texts = {name: json.loads(columns[name].tobytes()) for name in _TEXTS}
+        lists: dict[str, Any] = {name: None if value is None else tuple(value) for name, value in texts.items()}
+        root = str(images_root)
+        return cls(paths=tuple(f"{root}/{image_id}" for image_id in lists["image_ids"]), **lists, **arrays)
+
+
+_TEXTS = ("classes", "image_ids", "sources", "masks", "extra", "box_extra")
+_ARRAYS = ("sizes", "offsets", "boxes", "labels", "difficult", "crowd", "area", "records")
+
+
+class _Splits(Mapping[str, Dataset]):
+    def __init__(self, data: Dataset) -> None:
+        self._data = data
+
+    def __getitem__(self, name: str) -> Dataset:
+        if name not in self._data.split_indices:
+            raise UnknownName("split", name, self._data.split_indices)
+        return self._data.take(self._data.split_indices[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data.split_indices)
+
+    def __len__(self) -> int:
+        return len(self._data.split_indices)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._data.split_indices
+
+
+def _stratify(data: Dataset, fractions: NDArray[np.float64], seed: int) -> list[list[int]]:
+    """Assign images, those of the rarest class first, to the part that still lacks most boxes of that class."""
+    rng = np.random.default_rng(seed)
+    n, k = len(data), len(data.classes)
+    counts = np.zeros((n, k), dtype=np.int64)
+    np.add.at(counts, (np.repeat(np.arange(n), data.boxes_per_image()), data.labels), 1)
+    room = _largest_remainders(fractions, n)
+    wanted = fractions[:, None] * counts.sum(axis=0)[None, :]
+    part_of = np.full(n, -1)
+    shuffled = rng.permutation(n)
+    for label in np.argsort(counts.sum(axis=0), kind="stable"):
+        members = shuffled[(part_of[shuffled] < 0) & (counts[shuffled, label] > 0)]
+        for i in members[np.argsort(-counts[members, label], kind="stable")]:
+            open_parts = np.flatnonzero(room > 0)
+            lack = wanted[open_parts, label] / fractions[open_parts]
+            best = open_parts[np.lexsort((-room[open_parts], -lack))[0]]
+            part_of[i] = best
+            room[best] -= 1
+            wanted[best] -= counts[i]
+    for i in shuffled[part_of[shuffled] < 0]:
+        best = int(np.argmax(room / fractions))
+        part_of[i] = best
+        room[best] -= 1
+    return [np.flatnonzero(part_of == part).tolist() for part in range(len(fractions))]
+
+
+def _largest_remainders(fractions: NDArray[np.float64], total: int) -> Indices:
+    """Round shares to whole numbers that sum to ``total``, each at least one."""
+    exact = fractions * total
+    whole = np.maximum(np.floor(exact).astype(np.int64), 1)
+    while whole.sum() < total:
+        whole[np.argmax(exact - whole)] += 1
+    while whole.sum() > total:
+        whole[np.argmax(whole - exact)] -= 1
+    return whole
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Detections:
+    """What a model found on one image, best score first."""
+
+    path: str
+    """The image; empty where it never was a file."""
+    width: int
+    height: int
+    classes: tuple[str, ...]
+    """The model's class names; a label is an index into them."""
+    boxes: Boxes
+    """``(n, 4)``, xyxy, absolute pixels of the original image, 0-based, half-open."""
+    labels: Indices
+    """``(n,)`` indices into `classes`."""
+    scores: NDArray[np.float64]
+    """``(n,)`` in 0..1, not rising."""
+
+    def __post_init__(self) -> None:
+        n = len(self.scores)
+        if self.boxes.shape != (n, 4) or self.labels.shape != (n,):
+            raise ValueError(f"boxes {self.boxes.shape}, labels {self.labels.shape}, scores {self.scores.shape}")
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The class name of each detection."""
+        return tuple(self.classes[label] for label in self.labels)
+
+    def above(self, score_threshold: float) -> Detections:
+        """Return only the detections with at least this score."""
+        keep = self.scores >= score_threshold
+        return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], scores=self.scores[keep])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: path, width, height, and one record of name, score, box for each detection."""
+        return {
+            "path": self.path,
+            "width": self.width,
+            "height": self.height,
+            "detections": [
+                {"name": name, "score": score, "box": box}
+                for name, score, box in zip(self.names, self.scores.tolist(), self.boxes.tolist(), strict=True)
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any], classes: Sequence[str]) -> Detections:
+        """Read what `to_dict` wrote."""
+        index = {name: i for i, name in enumerate(classes)}
+        found = record["detections"]
+        return cls(
+            path=record["path"],
+            width=record["width"],
+            height=record["height"],
+            classes=tuple(classes),
+            boxes=np.array([d["box"] for d in found], dtype=np.float64).reshape(-1, 4),
+            labels=np.array([index[d["name"]] for d in found], dtype=np.int64),
+            scores=np.array([d["score"] for d in found], dtype=np.float64),
+        )

@@ -1,0 +1,287 @@
+"""COCO detection JSON: one file, or one for each split.
+
+Ids of any kind are read (from 0, from 1, with gaps, strings) and written as 1..n. Unknown keys of images and
+annotations are kept; ``info``, ``licenses`` and the other keys of categories are not. ``area`` is the object's, so
+that of its mask where there is one. A VOC "difficult" flag travels as ``"difficult": 1``.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from detkit.boxes import xyxy_to_xywh
+from detkit.data import Dataset
+from detkit.errors import InvalidData
+from detkit.files import inside
+from detkit.formats import Format
+from detkit.formats.cocojson import CocoFile
+from detkit.formats.findings import Finding, raise_errors
+from detkit.formats.imagefiles import SPLIT_FOLDERS, leaves, place_images, require_finite
+from detkit.params import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+_UNSPLIT = "unsplit"
+"""Name of the file with the images of no split; it is not a split itself."""
+_MOST_FILES = 64
+"""A folder with more JSON files than this is something else, such as LabelMe."""
+
+
+class CocoOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to read COCO."""
+
+    images: Annotated[
+        str, Meta(description="folder of the images; where not given, it is looked for near the JSON file")
+    ] = ""
+
+
+def sniff(path: Path) -> bool:
+    """Return whether a JSON file, or one of a folder's, has COCO's ``images`` and ``categories``."""
+    return bool(_find(path))
+
+
+def read(path: Path, options: CocoOptions) -> Dataset:
+    """Read one JSON file, or all those of a folder as splits, classes matched by name.
+
+    Raises one `InvalidData` with everything that is wrong in all of them.
+    """
+    files = _find(path)
+    if not files and path.is_file():
+        files = [("", path)]  # reading it says what is missing
+    if not files:
+        raise InvalidData(
+            f"{path}: no COCO JSON file with 'images' and 'categories'; looked for annotations/*.json, *.json and "
+            "{train,valid,test}/*.json"
+        )
+    root = path if path.is_dir() else path.parent
+    if path.is_file() and root.name.lower() == "annotations":
+        root = root.parent
+    findings: list[Finding] = []
+    parsed = [(split, CocoFile(file, findings)) for split, file in files]
+    folders = [_images_folder(file, split, root, options.images) for split, file in parsed]
+    prefixed = len(set(folders)) > 1
+    parts: list[tuple[str, Dataset]] = []
+    for (split, file), folder in zip(parsed, folders, strict=True):
+        prefix = folder.relative_to(root).as_posix() if prefixed and folder.is_relative_to(root) else ""
+        part = file.dataset(folder, "" if prefix in ("", ".") else f"{prefix}/")
+        if part is not None:
+            parts.append((split, part))
+    raise_errors(findings)
+    return parts[0][1] if len(parts) == 1 else _join(parts)
+
+
+def to_coco(data: Dataset) -> dict[str, Any]:
+    """Return COCO's JSON object: categories 1..K in class order, images 1..n, annotations 1..m.
+
+    Raises `InvalidData` where a box is not finite.
+    """
+    require_finite(data)
+    images: list[dict[str, Any]] = [
+        {"id": i, "file_name": name, "width": width, "height": height}
+        for i, (name, (width, height)) in enumerate(zip(data.image_ids, data.sizes.tolist(), strict=True), start=1)
+    ]
+    if data.extra is not None:
+        images = [{**extra, **image} for extra, image in zip(data.extra, images, strict=True)]
+    owner = np.repeat(np.arange(1, len(data) + 1), data.boxes_per_image())
+    annotations: list[dict[str, Any]] = [
+        {"id": i, "image_id": image, "category_id": label, "bbox": bbox, "area": area, "iscrowd": crowd}
+        for i, (image, label, bbox, area, crowd) in enumerate(
+            zip(
+                owner.tolist(),
+                (data.labels + 1).tolist(),
+                _numbers(xyxy_to_xywh(data.boxes)),
+                _numbers(data.area),
+                data.crowd.astype(int).tolist(),
+                strict=True,
+            ),
+            start=1,
+        )
+    ]
+    if data.masks is not None:
+        for annotation, mask in zip(annotations, data.masks, strict=True):
+            if mask is not None:
+                annotation["segmentation"] = mask
+    for row in np.flatnonzero(data.difficult).tolist():
+        annotations[row]["difficult"] = 1
+    if data.box_extra is not None:
+        annotations = [{**extra, **annotation} for extra, annotation in zip(data.box_extra, annotations, strict=True)]
+    categories = [{"id": i, "name": name} for i, name in enumerate(data.classes, start=1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def write(data: Dataset, folder: Path) -> None:
+    """Write ``images/`` and ``annotations.json``, or ``annotations/<split>.json`` where the data came split."""
+    contents: dict[str, Dataset] = {"annotations.json": data}
+    if data.split_indices:
+        if _UNSPLIT in data.split_indices:
+            raise InvalidData(f"a split cannot be called {_UNSPLIT!r}, the name of what is in no split; rename it")
+        contents = {f"annotations/{name}.json": part for name, part in data.splits.items()}
+        rest = np.setdiff1d(np.arange(len(data)), np.concatenate(list(data.split_indices.values())))
+        # A single file would be read as data without splits, so there are always two.
+        if len(rest) or len(contents) == 1:
+            contents[f"annotations/{_UNSPLIT}.json"] = data.take(rest)
+    encoded = {name: msgspec.json.encode(to_coco(part)) for name, part in contents.items()}
+    place_images(data, folder / "images")
+    for name, content in encoded.items():
+        target = folder / inside(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+
+def _numbers(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[Any]:
+    """Return nested lists with whole numbers as ints, as COCO's own files have them."""
+    if (values == np.rint(values)).all():
+        whole: list[Any] = values.astype(np.int64).tolist()
+        return whole
+    if values.ndim == 1:
+        return [int(value) if value.is_integer() else value for value in values.tolist()]
+    return [[int(value) if value.is_integer() else value for value in row] for row in values.tolist()]
+
+
+def _find(path: Path) -> list[tuple[str, Path]]:
+    """Return the detection files with their splits' names; without a name where there is only one."""
+    if path.is_file():
+        return [("", path)] if path.suffix.lower() == ".json" and _is_coco(path) else []
+    if not path.is_dir():
+        return []
+    for folder in (path / "annotations", path / "Annotations", path):
+        files = _coco_files(folder)
+        # COCO's own folder also holds captions and keypoints of the same images.
+        files = [file for file in files if file.name.startswith("instances_")] or files
+        if files:
+            return [("" if len(files) == 1 else _split_name(file.stem), file) for file in files]
+    nested = [
+        (folder.name, file)
+        for folder in sorted(path.iterdir())
+        if folder.is_dir() and folder.name.lower() in SPLIT_FOLDERS
+        for file in _coco_files(folder)
+    ]
+    names = [name for name, _ in nested]
+    named = [(name if names.count(name) == 1 else f"{name}-{file.stem}", file) for name, file in nested]
+    return [("", named[0][1])] if len(named) == 1 else named
+
+
+def _coco_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    return [file for file in files if _is_coco(file)] if len(files) <= _MOST_FILES else []
+
+
+def _is_coco(file: Path) -> bool:
+    """Look for both keys; JumpStart's ``annotations.json`` has no categories and other boxes."""
+    if not file.is_file() or not file.stat().st_size:
+        return False
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b'"images"') >= 0 and content.rfind(b'"categories"') >= 0
+
+
+def _split_name(name: str) -> str:
+    """``instances_train2017`` becomes ``train``."""
+    name = re.sub(r"^instances_|[_.]?annotations(\.coco)?$", "", name)
+    return re.sub(r"(?<=\D)(19|20)\d\d$", "", name).strip("_-. ") or "annotations"
+
+
+def _images_folder(file: CocoFile, split: str, root: Path, given: str) -> Path:
+    """Return the folder that has most of a sample of the images; the likeliest one where none has any."""
+    if given:
+        folder = root / given
+        if not folder.is_dir():
+            raise InvalidData(f"images={given!r}: there is no folder {folder}; it is looked for from {root}")
+        return folder
+    here, stem = file.path.parent, re.sub(r"^instances_", "", file.path.stem)
+    named = [parent / name for name in dict.fromkeys((split, stem)) if name for parent in (root / "images", root)]
+    likely = [here / "images", here, root / "images", root, *named, root / "JPEGImages"]
+    folders = [folder for folder in dict.fromkeys(likely) if folder.is_dir()]
+    names = [name for name in file.file_names if name and not leaves(name)]
+    sample = names[:: max(1, len(names) // 8)]
+    return max(folders, key=lambda folder: sum((folder / name).is_file() for name in sample))
+
+
+def _join(parts: list[tuple[str, Dataset]]) -> Dataset:
+    """Put the files of several splits together; an image that is in more than one must be annotated alike."""
+    classes = tuple(dict.fromkeys(name for _, part in parts for name in part.classes))
+    index: dict[str, int] = {}
+    kept: list[Dataset] = []
+    splits: dict[str, list[int]] = {}
+    findings = []
+    first: dict[str, tuple[Dataset, int]] = {}
+    for split, narrow in parts:
+        part = narrow.with_classes(classes)
+        new = []
+        for i, image_id in enumerate(part.image_ids):
+            if image_id not in index:
+                index[image_id] = len(index)
+                first[image_id] = (part, i)
+                new.append(i)
+            elif not _alike(*first[image_id], part, i):
+                findings.append(
+                    Finding(
+                        code="image-twice",
+                        severity="error",
+                        image=i,
+                        file=part.sources[i],
+                        place=image_id,
+                        message=f"its annotations differ from those in {first[image_id][0].sources[0]}",
+                    )
+                )
+        kept.append(part if len(new) == len(part) else part.take(new))
+        if split != _UNSPLIT:
+            splits[split] = [index[image_id] for image_id in part.image_ids]
+    raise_errors(findings, "keep the image in one file, or with the same annotations in all")
+    return replace(
+        _concatenate(kept), split_indices={name: np.array(at, dtype=np.int64) for name, at in splits.items()}
+    )
+
+
+def _alike(a: Dataset, i: int, b: Dataset, j: int) -> bool:
+    one, other = a[i], b[j]
+    return one.names == other.names and np.array_equal(one.boxes, other.boxes)
+
+
+def _concatenate(parts: list[Dataset]) -> Dataset:
+    def text(name: str, blank: Any, length: str) -> Any:
+        columns = [getattr(part, name) for part in parts]
+        if all(column is None for column in columns):
+            return None
+        return tuple(
+            value
+            for part, column in zip(parts, columns, strict=True)
+            for value in (column if column is not None else (blank,) * len(getattr(part, length)))
+        )
+
+    no_extra: Mapping[str, Any] = {}
+    counts = np.concatenate([part.boxes_per_image() for part in parts])
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("sizes", "boxes", "labels", "difficult", "crowd", "area", "records")
+    }
+    return Dataset(
+        classes=parts[0].classes,
+        image_ids=text("image_ids", "", "paths"),
+        paths=text("paths", "", "paths"),
+        sources=text("sources", "", "paths"),
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        masks=text("masks", None, "labels"),
+        extra=text("extra", no_extra, "paths"),
+        box_extra=text("box_extra", no_extra, "labels"),
+        **arrays,
+    )
+
+
+FORMAT = Format(
+    name="coco",
+    summary="COCO detection: annotations.json or annotations/<split>.json, with a folder of images",
+    sniff=sniff,
+    read=read,
+    write=write,
+    options=CocoOptions,
+    carries=frozenset({"classes", "difficult", "crowd", "area", "masks", "extra", "box_extra", "split_indices"}),
+)

@@ -1,0 +1,110 @@
+"""The image files that annotations name: kept inside one folder, looked into with threads, placed when written."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+
+from detkit.errors import ImageError, InvalidData
+from detkit.files import inside, place
+from detkit.images import Header, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from detkit.data import Dataset
+
+Result = TypeVar("Result")
+
+SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test", "trainval"})
+"""Folder names, in lower case, that mean a split."""
+
+LARGEST_SIDE = 2**31
+"""Pixels; a larger number in an annotation is no size."""
+
+_THREADS = 8
+"""Enough to hide a network disk's latency; decoding headers itself is serial in Python."""
+
+
+class ImageFile(NamedTuple):
+    """What one reading of an image file tells."""
+
+    header: Header
+    digest: str
+    """sha256 of the file's bytes."""
+
+
+def leaves(name: str) -> bool:
+    """Return whether a file name found in an annotation would lead out of the image folder.
+
+    >>> leaves("sub/a.jpg"), leaves("../a.jpg"), leaves("/etc/passwd"), leaves("C:\\\\a.jpg")
+    (False, True, True, True)
+    """
+    if not any(sign in name for sign in ("..", ":", "\\", "\0")):
+        return name.startswith("/")
+    windows = PureWindowsPath(name)
+    return bool(windows.anchor) or ".." in windows.parts or "\0" in name
+
+
+def stem(image_id: str) -> str:
+    """Return an image id without the file name's ending: ``sub/a.jpg`` becomes ``sub/a``."""
+    head, _, ending = image_id.rpartition(".")
+    return head if head and "/" not in ending else image_id
+
+
+def read_headers(paths: Sequence[str]) -> list[Header | ImageError]:
+    """Open each file far enough for its size; an error takes the place of a header that cannot be read."""
+    return _map(read_header, paths)
+
+
+def read_files(paths: Sequence[str]) -> list[ImageFile | ImageError]:
+    """Read each file once, for its digest and its header."""
+    return _map(_read_file, paths)
+
+
+def place_images(data: Dataset, folder: Path) -> None:
+    """Put every image under its id into a folder. Raises `InvalidData` naming those that are missing."""
+    targets = [folder / inside(image_id) for image_id in data.image_ids]
+    missing = [path for path in data.paths if not Path(path).is_file()]
+    if missing:
+        raise InvalidData(
+            f"{len(missing)} of {len(data)} images are not there, for example {', '.join(missing[:3])}; "
+            "nothing was written. bring them back, or write a data set without them (data.take)"
+        )
+    for path, target in zip(data.paths, targets, strict=True):
+        place(Path(path), target)
+
+
+def require_finite(data: Dataset) -> None:
+    """Raise `InvalidData` where a box is not made of numbers; no file format can carry that."""
+    bad = np.flatnonzero(~np.isfinite(data.boxes).all(axis=1))
+    if len(bad):
+        image = int(np.searchsorted(data.offsets, bad[0], side="right")) - 1
+        raise InvalidData(
+            f"{data.image_ids[image]}: {len(bad)} box(es) are not finite; run `detkit check` and mend them"
+        )
+
+
+def _read_file(path: str) -> ImageFile:
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ImageError(path, "there is no such file") from error
+    except OSError as error:
+        raise ImageError(path, error.strerror or str(error)) from error
+    return ImageFile(read_header(content, path), hashlib.sha256(content).hexdigest())
+
+
+def _map(function: Callable[[str], Result], paths: Sequence[str]) -> list[Result | ImageError]:
+    def attempt(path: str) -> Result | ImageError:
+        try:
+            return function(path)
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(attempt, paths))

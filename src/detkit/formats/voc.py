@@ -1,0 +1,338 @@
+"""Pascal VOC: one XML file per image.
+
+Pixels count from 1 and the last one is included: ``xmin - 1, ymin - 1, xmax, ymax`` is detkit's box. Many tools write
+plain 0-based corners instead; ``origin`` says which, and "auto" takes a coordinate of 0 as proof for the whole set.
+Only an object's own ``<name>``, ``<bndbox>`` and ``<difficult>`` count: a ``<part>`` is left alone. Other simple
+children (pose, truncated ...) are kept for writing; what stands above the objects (source, segmented ...) is not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+from msgspec import Meta
+
+from detkit.boxes import Boxes, area
+from detkit.data import Dataset
+from detkit.errors import ImageError, InvalidData, did_you_mean
+from detkit.formats import Format
+from detkit.formats.findings import image_finding, raise_errors
+from detkit.formats.imagefiles import SPLIT_FOLDERS, leaves, read_headers, stem
+from detkit.formats.vocwriter import write
+from detkit.formats.vocxml import Objects, xml_error
+from detkit.images import EXTENSIONS
+from detkit.params import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_ANNOTATION_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels")
+_IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img", "pictures", "photos")
+
+
+class DetkitWarning(UserWarning):
+    """detkit had to decide something about the data that the data does not say."""
+
+
+class VocOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to read Pascal VOC."""
+
+    origin: Annotated[
+        Literal["auto", 1, 0],
+        Meta(description="name of the first pixel: 1 (the last pixel of a box included) or 0 (excluded)"),
+    ] = "auto"
+    classes: Annotated[
+        tuple[str, ...], Meta(description="class names in order; where not given, those that occur, sorted")
+    ] = ()
+    unannotated: Annotated[
+        Literal["raise", "negatives", "ignore"], Meta(description="what an image without an XML file means")
+    ] = "raise"
+
+
+def sniff(path: Path) -> bool:
+    """Return whether a folder, one below it, or one below ``annotations``, holds a VOC annotation."""
+    if not path.is_dir():
+        return False
+    root = _unwrap(path)
+    below = [entry for entry in _visible(root) if entry.is_dir()]
+    nested = [e for d in below if d.name.lower() in _ANNOTATION_FOLDERS for e in _visible(Path(d)) if e.is_dir()]
+    return any(_holds_voc(Path(folder)) for folder in (root, *below, *nested))
+
+
+def read(path: Path, options: VocOptions) -> Dataset:
+    """Read every XML file below a folder. Raises one `InvalidData` with everything that is wrong in all of them."""
+    if not path.is_dir():
+        raise InvalidData(f"{path}: expected the folder of a Pascal VOC data set")
+    layout = _find(_unwrap(path))
+    found = Objects()
+    for file in layout.xml:
+        found.read(str(layout.annotations / file))
+    image_of = _match_images(layout, found)
+    spare = sorted(set(layout.images) - set(image_of))
+    if options.unannotated == "raise":
+        found.findings += [
+            xml_error(
+                "unannotated",
+                str(layout.pictures / name),
+                "has no XML file; with unannotated='negatives' nothing is "
+                "on it, with unannotated='ignore' it is left out",
+            )
+            for name in spare
+        ]
+    extra_images = spare if options.unannotated == "negatives" else []
+    classes = _classes(found, options.classes)
+    image_ids = [name or "" for name in image_of] + extra_images
+    splits = _splits(layout, image_ids, found)
+    found.findings += [
+        xml_error("image-twice", str(layout.pictures / name), f"{count} XML files are about this image; expected one")
+        for name, count in Counter(filter(None, image_of)).items()
+        if count > 1
+    ]
+    raise_errors(found.findings)
+    return _dataset(layout, found, classes, image_ids, splits, options.origin)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where annotations and images lie; files are named relative to those two folders."""
+
+    root: Path
+    annotations: Path
+    pictures: Path
+    xml: list[str]
+    images: list[str]
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith((".", "__MACOSX"))), key=lambda e: e.name)
+
+
+def _unwrap(folder: Path) -> Path:
+    """Step into the only folder of a folder, as in ``VOCdevkit/VOC2007`` or an unpacked archive."""
+    entries = _visible(folder)
+    while len(entries) == 1 and entries[0].is_dir() and not any(_holds_voc(Path(f)) for f in (folder, entries[0])):
+        folder = Path(entries[0])
+        entries = _visible(folder)
+    return folder
+
+
+def _holds_voc(folder: Path) -> bool:
+    first = next((entry for entry in _visible(folder) if entry.name.lower().endswith(".xml") and entry.is_file()), None)
+    if first is None:
+        return False
+    with Path(first).open("rb") as file:
+        return b"<annotation" in file.read(4096).replace(b"\0", b"")
+
+
+def _walk(folder: str, prefix: str) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith((".", "__MACOSX")):
+                continue
+            # Folders of a data set are often symbolic links; deeper ones could form a loop.
+            if entry.is_dir(follow_symlinks=not prefix):
+                yield from _walk(entry.path, f"{prefix}{entry.name}/")
+            else:
+                yield prefix + entry.name
+
+
+def _find(root: Path) -> _Layout:
+    xml: dict[str, list[str]] = {}
+    images: dict[str, list[str]] = {}
+    for name in sorted(_walk(str(root), "")):
+        suffix = f".{name.rpartition('.')[2].lower()}"
+        top, _, rest = name.rpartition("/") if name.count("/") == 0 else name.partition("/")
+        if suffix == ".xml":
+            xml.setdefault(top, []).append(rest)
+        elif suffix in EXTENSIONS:
+            images.setdefault(top, []).append(rest)
+    if not xml:
+        raise InvalidData(f"{root}: no XML files; expected a Pascal VOC folder with Annotations/*.xml and JPEGImages/")
+    if not images:
+        raise InvalidData(f"{root}: no image files beside the XML files; looked for {', '.join(sorted(EXTENSIONS))}")
+    annotation_folder = _choose(xml, _ANNOTATION_FOLDERS)
+    image_folder = _choose(images, _IMAGE_FOLDERS)
+    if annotation_folder is None and image_folder is None and len(xml) > 1 and set(xml) <= set(images):
+        # XML beside the images in several folders, for example train/, valid/, test/.
+        beside = sorted(xml)
+        return _Layout(root, root, root, _under(xml, beside), _under(images, beside))
+    annotation_folder = annotation_folder or max(sorted(xml), key=lambda top: len(xml[top]))
+    if image_folder is None:
+        beside_xml = annotation_folder in images
+        image_folder = annotation_folder if beside_xml else max(sorted(images), key=lambda top: len(images[top]))
+    return _Layout(root, root / annotation_folder, root / image_folder, xml[annotation_folder], images[image_folder])
+
+
+def _under(files: dict[str, list[str]], tops: list[str]) -> list[str]:
+    return [f"{top}/{name}" if top else name for top in tops for name in files[top]]
+
+
+def _choose(files: dict[str, list[str]], known: tuple[str, ...]) -> str | None:
+    by_name = {top.lower(): top for top in files}
+    return next((by_name[name] for name in known if name in by_name), None)
+
+
+def _match_images(layout: _Layout, found: Objects) -> list[str | None]:
+    """Return each XML file's image: the one of its own name first, then the one that ``<filename>`` names."""
+    by_stem: dict[str, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
+    for image in layout.images:
+        by_stem.setdefault(stem(image), []).append(image)
+        by_name.setdefault(PurePosixPath(image).name, []).append(image)
+        by_name.setdefault(PurePosixPath(image).stem, []).append(image)
+    matched: list[str | None] = []
+    for xml, file, filename in zip(layout.xml, found.files, found.filenames, strict=True):
+        own = stem(xml)
+        written = PurePosixPath(filename.replace("\\", "/"))
+        candidates = by_stem.get(own) or by_name.get(PurePosixPath(own).name, [])
+        # An absolute path to a file of the XML's own name is some tool's habit, and not followed.
+        if leaves(filename) and (not candidates or written.stem != PurePosixPath(own).name):
+            found.findings.append(
+                xml_error(
+                    "outside-folder",
+                    file,
+                    f"<filename> {filename!r} leads out of the image folder; expected a file name in it",
+                )
+            )
+            matched.append(None)
+            continue
+        if len(candidates) != 1:
+            named = by_name.get(written.name) or by_name.get(written.stem) or []
+            candidates = [name for name in named if name in candidates] if candidates else named
+        if len(candidates) == 1:
+            matched.append(candidates[0])
+            continue
+        matched.append(None)
+        tried = f"{own}.* and {filename!r}" if filename else f"{own}.*"
+        what = f"several images fit: {', '.join(candidates[:3])}" if candidates else "there is no such image"
+        found.findings.append(
+            xml_error(
+                "ambiguous-image" if candidates else "missing-image",
+                file,
+                f"{what} (looked for {tried} in {layout.pictures})",
+            )
+        )
+    return matched
+
+
+def _classes(found: Objects, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    present = {name for name in found.names if name}
+    if not wanted:
+        return tuple(sorted(present))
+    if present - set(wanted):
+        rows = np.repeat(np.arange(len(found.files)), found.counts).tolist()
+        found.findings += [
+            xml_error(
+                "unknown-class",
+                found.files[row],
+                f"no class {name!r} in classes={','.join(wanted)};{did_you_mean(name, wanted)}".rstrip(";"),
+                f"object {record + 1} ({name})",
+                record,
+            )
+            for row, name, record in zip(rows, found.names, found.records, strict=True)
+            if name and name not in wanted
+        ]
+    return wanted
+
+
+def _splits(layout: _Layout, image_ids: list[str], found: Objects) -> dict[str, list[int]]:
+    main = next((f for f in (layout.root / "ImageSets/Main", layout.root / "ImageSets") if f.is_dir()), None)
+    lists = sorted(main.glob("*.txt")) if main else []
+    if not lists:
+        tops = [image_id.partition("/")[0] for image_id in image_ids]
+        if layout.root == layout.pictures and len(set(tops)) > 1 and {top.lower() for top in tops} <= SPLIT_FOLDERS:
+            return {name: [i for i, top in enumerate(tops) if top == name] for name in sorted(set(tops))}
+        return {}
+    index = {stem(xml): i for i, xml in enumerate(layout.xml)}
+    index |= {stem(name): i for i, name in enumerate(image_ids) if name and stem(name) not in index}
+    splits: dict[str, list[int]] = {}
+    for file in lists:
+        lines = [line.strip() for line in file.read_text("utf-8-sig", errors="surrogateescape").splitlines()]
+        entries = [(number, line) for number, line in enumerate(lines, start=1) if line]
+        known = [index.get(entry, index.get(stem(entry))) for _, entry in entries]
+        if entries and None in known and all(re.search(r"\s(-1|0|1)$", entry) for _, entry in entries):
+            continue  # <class>_train.txt: presence of one class in each image, no split
+        found.findings += [
+            xml_error(
+                "missing-annotation", str(file), f"{entry!r} has no XML file in {layout.annotations}", f"line {number}"
+            )
+            for (number, entry), i in zip(entries, known, strict=True)
+            if i is None
+        ]
+        splits[file.stem] = [i for i in known if i is not None]
+    return splits
+
+
+def _dataset(  # noqa: PLR0917
+    layout: _Layout,
+    found: Objects,
+    classes: tuple[str, ...],
+    image_ids: list[str],
+    splits: dict[str, list[int]],
+    origin: Literal["auto", 1, 0],
+) -> Dataset:
+    blank = len(image_ids) - len(found.files)
+    paths = [f"{layout.pictures}/{name}" for name in image_ids]
+    sizes = np.array(found.sizes + [(0, 0)] * blank, dtype=np.int64).reshape(-1, 2)
+    unknown = np.flatnonzero((sizes <= 0).any(axis=1)).tolist()
+    failed = []
+    for i, header in zip(unknown, read_headers([paths[i] for i in unknown]), strict=True):
+        if isinstance(header, ImageError):
+            failed.append(image_finding(header, i))
+        else:
+            sizes[i] = header.width, header.height
+    raise_errors(failed)
+    boxes = np.array(found.corners, dtype=np.float64).reshape(-1, 4)
+    if _origin(boxes, origin, layout.root) == 1:
+        boxes[:, :2] -= 1
+    label_of = {name: i for i, name in enumerate(classes)}
+    return Dataset(
+        classes=classes,
+        image_ids=tuple(image_ids),
+        paths=tuple(paths),
+        sizes=sizes,
+        offsets=np.concatenate([[0], np.cumsum(found.counts + [0] * blank)]).astype(np.int64),
+        boxes=boxes,
+        labels=np.array([label_of[name] for name in found.names], dtype=np.int64),
+        difficult=np.array(found.difficult, dtype=bool),
+        crowd=np.zeros(len(boxes), dtype=bool),
+        area=area(boxes),
+        records=np.array(found.records, dtype=np.int64),
+        sources=tuple(found.files + [""] * blank),
+        box_extra=tuple(found.extra) if any(found.extra) else None,
+        split_indices={name: np.array(at, dtype=np.int64) for name, at in splits.items()},
+    )
+
+
+def _origin(boxes: Boxes, origin: Literal["auto", 1, 0], root: Path) -> int:
+    if origin != "auto":
+        return origin
+    zeros = int((boxes[:, :2] == 0).any(axis=1).sum())
+    if not zeros:
+        return 1
+    warnings.warn(
+        f"{root}: {zeros} of {len(boxes)} boxes have xmin or ymin 0, so the whole set is read as 0-based; "
+        "VOC itself counts from 1. say origin=0 or origin=1 to decide",
+        DetkitWarning,
+        stacklevel=2,
+    )
+    return 0
+
+
+FORMAT = Format(
+    name="voc",
+    summary="Pascal VOC: a folder of images, a folder of XML files, ImageSets/Main/*.txt",
+    sniff=sniff,
+    read=read,
+    write=write,
+    options=VocOptions,
+    carries=frozenset({"difficult", "box_extra", "split_indices"}),
+)

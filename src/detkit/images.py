@@ -1,0 +1,101 @@
+"""Reading one image: always uint8, height x width x RGB, turned the way EXIF says it should be seen."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+from PIL import ImageOps, UnidentifiedImageError
+
+from detkit.errors import ImageError
+
+Image: TypeAlias = NDArray[np.uint8]
+"""``(height, width, 3)`` RGB pixels."""
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+"""Lower-case file name endings that are looked for in folders of images."""
+
+_EXIF_ORIENTATION = 0x0112
+
+
+class Header(NamedTuple):
+    """What an image file says about itself before its pixels are decoded."""
+
+    width: int
+    """Width in pixels as displayed, that is with the EXIF orientation applied."""
+    height: int
+    """Height in pixels as displayed."""
+    orientation: int
+    """EXIF orientation, 1 to 8; 1 where the file has none."""
+
+
+def read_header(source: str | Path | bytes, name: str = "") -> Header:
+    """Read size and orientation of a file, or of its bytes, without decoding the pixels. Raises `ImageError`."""
+    label = name or ("<bytes>" if isinstance(source, bytes) else str(source))
+    try:
+        with PillowImage.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            orientation = _orientation(image)
+            width, height = image.size
+    except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
+        raise ImageError(label, _why(error)) from error
+    return Header(height, width, orientation) if orientation >= 5 else Header(width, height, orientation)
+
+
+def read_image(source: str | Path | bytes, name: str = "") -> Image:
+    """Decode a file, or the bytes of one, to ``(height, width, 3)`` RGB uint8 with the EXIF orientation applied.
+
+    Grey, palette, CMYK and transparent images become RGB; 16-bit grey keeps its upper eight bits. Raises `ImageError`
+    for a missing, truncated or foreign file and for images above Pillow's decompression-bomb limit.
+    """
+    label = name or ("<bytes>" if isinstance(source, bytes) else str(source))
+    try:
+        with PillowImage.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return to_array(image, label)
+    except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
+        raise ImageError(label, _why(error)) from error
+
+
+def to_array(image: PillowImage.Image, name: str = "<image>") -> Image:
+    """Convert an opened Pillow image the way `read_image` does."""
+    image.load()
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in {"I", "I;16", "I;16B", "I;16L"}:
+        deep = np.asarray(image, dtype=np.int64)
+        if deep.min(initial=0) < 0 or deep.max(initial=0) > 0xFFFF:
+            raise ImageError(name, "32-bit integer pixels; convert it to 8 or 16 bits a channel")
+        grey = (deep >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ImageError(name, "floating-point pixels; convert it to 8 or 16 bits a channel")
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"), dtype=np.uint8)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files below a folder, hidden ones left out, in sorted order."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in EXTENSIONS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _orientation(image: PillowImage.Image) -> int:
+    value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image that Pillow knows, or it is empty"
+    return str(error) or type(error).__name__

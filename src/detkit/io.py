@@ -1,0 +1,88 @@
+"""Reading and writing data sets in any format that a plugin offers."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detkit import plugins
+from detkit.errors import StorageError, UnknownName, Unsupported, UsageError
+from detkit.params import set_fields
+
+if TYPE_CHECKING:
+    from detkit.data import Dataset
+    from detkit.formats import Format
+
+
+def read_dataset(path: str | Path, format: str | None = None, *, split: str | None = None, **options: Any) -> Dataset:
+    """Read a data set, in the format that its files show or that is given.
+
+    ``"PATH:SPLIT"`` is short for ``split="SPLIT"``. ``options`` are the format's own, e.g. ``origin=0`` for "voc".
+    Raises `InvalidData` with everything that is wrong, `UsageError` where the format cannot be told.
+    """
+    where, named = _separate(path)
+    if named and split and named != split:
+        raise UsageError(f"{path} names the split {named!r}, the call {split!r}; give one of them")
+    if not where.exists():
+        raise UsageError(f"there is no file or folder {where} (looked for from {Path.cwd()})")
+    chosen = _format(format) if format else _sniff(where)
+    data = chosen.read(where, set_fields(chosen.options(), options, kind=f"option of format {chosen.name}"))
+    wanted = split or named
+    return data.splits[wanted] if wanted else data
+
+
+def write_dataset(data: Dataset, path: str | Path, format: str = "coco") -> Path:
+    """Write a data set into a new folder and return it; the folder appears only once it is complete.
+
+    Images become hard links where possible. Raises `UsageError` for a target that holds anything, `Unsupported` where
+    the format cannot be written, `StorageError`.
+    """
+    chosen, target = _format(format), Path(path).absolute()
+    if chosen.write is None:
+        raise Unsupported(f"format {format!r} can be read but not written; these can: {', '.join(_writable())}")
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UsageError(f"{target} is not empty; nothing is overwritten, so choose another folder or remove it")
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        beside.mkdir(parents=True)
+        chosen.write(data, beside)
+        os.replace(beside, target)
+    except OSError as error:
+        raise StorageError(target, error) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def _separate(path: str | Path) -> tuple[Path, str]:
+    """Split ``PATH:SPLIT``; a colon in the name of something that exists is only a colon."""
+    head, colon, tail = str(path).rpartition(":")
+    if colon and head and tail and not Path(path).exists() and Path(head).exists():
+        return Path(head), tail
+    return Path(path), ""
+
+
+def _format(name: str) -> Format:
+    known = plugins.formats()
+    if name not in known:
+        raise UnknownName("format", name, known, "others come as plugins")
+    return known[name]
+
+
+def _writable() -> list[str]:
+    return sorted(name for name, known in plugins.formats().items() if known.write is not None)
+
+
+def _sniff(path: Path) -> Format:
+    known = plugins.formats()
+    fitting = [candidate for candidate in known.values() if candidate.sniff(path)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(candidate.name for candidate in fitting)
+        raise UsageError(f"{path} looks like several formats: {names}; say which with format= (--format)")
+    listed = "\n".join(f"  {name}: {candidate.summary}" for name, candidate in known.items())
+    raise UsageError(f"{path} looks like none of the known formats. looked for:\n{listed}\nor name it with format=")

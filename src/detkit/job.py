@@ -1,0 +1,368 @@
+"""The run directory: what a job says, where everything lies, what a finished model carries.
+
+The layout is that of a SageMaker container's ``/opt/ml``, so the same worker serves a local process and a container::
+
+    RUN/
+      run.json                         who started it and how; enough to find it again
+      input/data/job/job.json          the `Job`
+      input/data/{train,validation,test}/   annotations.json (COCO), columns.npz, images/
+      input/data/model/                incremental training: the earlier model
+      input/config/hyperparameters.json     strings that overlay the params, where the place writes them
+      checkpoints/                     the engine's resumable state
+      model/                           the artifact; detkit.json is written last
+      output/failure                   there if it failed; the first line is the message
+      output/data/{metrics.jsonl,log.txt}
+
+This module starts nothing. Files are written beside and renamed, so a reader sees a whole file or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from detkit.data import Dataset
+from detkit.errors import RunExists, Stopped, StorageError, UsageError
+from detkit.files import atomic_write, file_sha256, inside, place, write_json
+
+__all__ = [
+    "CHANNELS",
+    "SCHEMA",
+    "Artifact",
+    "Event",
+    "Job",
+    "Manifest",
+    "Model",
+    "Trained",
+    "WeightsOrigin",
+    "Workspace",
+    "atomic_write",
+    "file_sha256",
+    "inside",
+    "place",
+    "write_json",
+]
+
+SCHEMA = 1
+"""Version of every JSON file detkit writes; readers refuse a newer one."""
+
+CHANNELS = ("train", "validation", "test")
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the worker is to do."""
+
+    backend: str
+    engine: str
+    """``"package.module:Class"``, resolved only in the worker."""
+    model: str
+    """The model's name without the engine's, e.g. ``ssdlite320_mobilenet_v3_large``."""
+    params: dict[str, Any]
+    """Every effective hyperparameter, defaults included."""
+    options: dict[str, Any]
+    classes: list[str]
+    version: str = ""
+    """detkit's version in the controller."""
+    dropped: dict[str, int] = {}
+    """How many boxes ``on_invalid="drop"`` left out, by code of the finding."""
+    schema: int = SCHEMA
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of ``metrics.jsonl``."""
+
+    t: float
+    """Seconds since the epoch (POSIX)."""
+    kind: Literal["log", "progress", "metric", "state"]
+    values: dict[str, float | str]
+    """``train/*``, ``val/loss*``, ``val/AP`` ... for metrics; ``message`` for logs; ``state`` for states."""
+    step: int | None = None
+    """Optimizer steps done."""
+    epoch: float | None = None
+    """Epochs done, with a fraction."""
+
+
+class Artifact(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of a model and its identity."""
+
+    sha256: str
+    bytes: int
+
+
+class WeightsOrigin(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the weights came from before training."""
+
+    source: str = "none"
+    """``none``, ``coco``, ``imagenet``, a file name, or the parent model."""
+    sha256: str = ""
+    licence: str = ""
+    kept: list[str] = []
+    """Class names whose head rows were kept."""
+    new: list[str] = []
+    """Class names that started fresh."""
+
+
+class Trained(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine's ``train`` returns; the worker adds the rest of the `Manifest`."""
+
+    native: dict[str, Any] = {}
+    """The hyperparameters as the framework was told them."""
+    weights: WeightsOrigin = WeightsOrigin()
+    metrics: dict[str, float] = {}
+    """Final numbers, e.g. ``val/AP`` of the weights that were kept."""
+    score_threshold: float | None = None
+    """Score of the best F1 on the validation images, if there were any."""
+    max_detections: int = 100
+    versions: dict[str, str] = {}
+    """Versions of the frameworks."""
+    hardware: dict[str, str] = {}
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """``model/detkit.json``: everything needed to open the model, and to know how it came to be."""
+
+    backend: str
+    """The backend whose engine opens the model."""
+    engine: str
+    model: str
+    classes: list[str]
+    params: dict[str, Any]
+    native: dict[str, Any]
+    options: dict[str, Any]
+    versions: dict[str, str]
+    hardware: dict[str, str]
+    data: dict[str, dict[str, Any]]
+    """For each channel: digest, number of images, number of boxes."""
+    weights: WeightsOrigin
+    metrics: dict[str, float]
+    score_threshold: float | None
+    max_detections: int
+    started: float
+    """Seconds since the epoch (POSIX)."""
+    seconds: float
+    """Wall time of training, the time before a resume not counted."""
+    artifacts: dict[str, Artifact]
+    dropped: dict[str, int] = {}
+    parent: str = ""
+    """sha256 of the parent's manifest, for incremental training."""
+    schema: int = SCHEMA
+
+
+class Model:
+    """A finished ``model/`` folder. Raises `UsageError` where there is none or it is of a newer detkit."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        manifest = self.path / "detkit.json"
+        if not manifest.is_file():
+            raise UsageError(f"{self.path} holds no finished model: there is no detkit.json in it")
+        try:
+            self.manifest = msgspec.json.decode(manifest.read_bytes(), type=Manifest)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"{manifest} was written by another version of detkit: {error}") from None
+        if self.manifest.schema > SCHEMA:
+            raise UsageError(
+                f"{manifest} has schema {self.manifest.schema}, this detkit knows up to {SCHEMA}; upgrade it"
+            )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, in the order of the model's labels."""
+        return tuple(self.manifest.classes)
+
+    @property
+    def name(self) -> str:
+        """``engine/model``."""
+        return f"{self.manifest.backend}/{self.manifest.model}"
+
+    def seen(self) -> dict[str, list[str]]:
+        """Return the sha256 of every image trained and validated on, by channel; a parent's count as trained on."""
+        file = self.path / "seen.json"
+        found: dict[str, list[str]] = json.loads(file.read_bytes()) if file.is_file() else {}
+        return found
+
+
+class Workspace:
+    """A run directory by its named places."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.stop_requested = False
+        """Set by the worker when somebody asked it to stop; engines call `raise_if_stopped` at every step."""
+
+    @property
+    def run_file(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def job_file(self) -> Path:
+        return self.path / "input/data/job/job.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The engine's own folder for resumable state."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def parent_model(self) -> Path:
+        """Incremental training: the model that training starts from."""
+        return self.path / "input/data/model"
+
+    @property
+    def failure_file(self) -> Path:
+        return self.path / "output/failure"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "output/data/metrics.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "output/data/log.txt"
+
+    def channel(self, name: str) -> Path:
+        return self.path / "input/data" / name
+
+    def create(self, job: Job) -> None:
+        """Lay out an empty run. Raises `RunExists` where the directory holds anything, and `StorageError`."""
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise RunExists(self.path, "finished" if (self.model / "detkit.json").exists() else "unfinished")
+        try:
+            self.job_file.parent.mkdir(parents=True)
+            for folder in (self.checkpoints, self.model, self.metrics_file.parent):
+                folder.mkdir(parents=True)
+            write_json(self.job_file, job)
+        except FileExistsError:  # somebody else laid out a run here just now
+            raise RunExists(self.path, "unfinished") from None
+        except (OSError, StorageError) as error:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise error if isinstance(error, StorageError) else StorageError(self.path, error) from error
+
+    def job(self) -> Job:
+        """Read the job, overlaid with the strings of ``input/config/hyperparameters.json`` where a place wrote them."""
+        job = msgspec.json.decode(self.job_file.read_bytes(), type=Job)
+        overlay = self.path / "input/config/hyperparameters.json"
+        if not overlay.is_file():
+            return job
+        given = {
+            key: value
+            for key, value in json.loads(overlay.read_bytes()).items()
+            if not key.startswith(("_", "sagemaker_"))
+        }
+        return msgspec.structs.replace(job, params={**job.params, **given})
+
+    def write_dataset(self, channel: str, data: Dataset, image_digests: Sequence[str]) -> None:
+        """Put a data set into a channel: columns, COCO annotations and links to the images.
+
+        Images are hard-linked, else symbolically linked, else copied. ``image_digests`` are the sha256 of the files, in
+        order. Raises `StorageError`, and `InvalidData` for an image id that leaves the folder.
+        """
+        from detkit.formats.coco import to_coco
+
+        root = self.channel(channel)
+        for image_id, source in zip(data.image_ids, data.paths, strict=True):
+            place(Path(source), root / "images" / inside(image_id))
+        with atomic_write(root / "columns.npz") as file:
+            data.save_columns(file)
+        write_json(root / "annotations.json", to_coco(data))
+        write_json(root / "digests.json", {"dataset": data.digest(), "images": list(image_digests)})
+
+    def dataset(self, channel: str) -> Dataset | None:
+        """Return a channel's data, or None where the run has none."""
+        root = self.channel(channel)
+        if not (root / "columns.npz").is_file():
+            return None
+        return Dataset.load_columns(root / "columns.npz", root / "images")
+
+    def image_digests(self, channel: str) -> list[str]:
+        """Return the sha256 of each image of a channel, in order; empty where the run has no such channel."""
+        file = self.channel(channel) / "digests.json"
+        digests: list[str] = json.loads(file.read_bytes())["images"] if file.is_file() else []
+        return digests
+
+    def log(
+        self,
+        kind: Literal["log", "progress", "metric", "state"],
+        values: Mapping[str, float | str],
+        *,
+        step: int | None = None,
+        epoch: float | None = None,
+    ) -> None:
+        """Append one event to ``metrics.jsonl``; the controller reads it while the run goes on.
+
+        Numbers that are not finite, such as the AP of images without objects, are left out: JSON has none.
+        """
+        event = Event(t=time.time(), kind=kind, values=_finite(values), step=step, epoch=epoch)
+        with self.metrics_file.open("ab", buffering=0) as file:
+            file.write(msgspec.json.encode(event) + b"\n")
+
+    def raise_if_stopped(self) -> None:
+        """Raise `Stopped` when somebody asked for it. Engines call it once a step, where nothing is half written."""
+        if self.stop_requested:
+            raise Stopped
+
+    def fail(self, message: str, detail: str = "") -> None:
+        """Leave the reason of a failure; the first one stays."""
+        with contextlib.suppress(OSError), self.failure_file.open("x") as file:  # there, or no space
+            file.write(f"{message}\n{detail}" if detail else message)
+
+    def finish(self, job: Job, trained: Trained, *, started: float) -> Manifest:
+        """Write the manifest, last of all; from then on ``model/`` is a `Model`."""
+        counts: dict[str, dict[str, Any]] = {}
+        seen: dict[str, list[str]] = {}
+        for channel in CHANNELS:
+            data = self.dataset(channel)
+            if data is not None:
+                counts[channel] = {"digest": data.digest(), "images": len(data), "boxes": len(data.boxes)}
+                if channel != "test":
+                    seen[channel] = self.image_digests(channel)
+        parent = ""
+        if (self.parent_model / "detkit.json").is_file():
+            parent = file_sha256(self.parent_model / "detkit.json")
+            earlier = [digest for digests in Model(self.parent_model).seen().values() for digest in digests]
+            seen["train"] = sorted({*seen.get("train", []), *earlier})
+        write_json(self.model / "seen.json", seen)
+        files = sorted(p for p in self.model.rglob("*") if p.is_file() and p.name != "detkit.json")
+        manifest = Manifest(
+            backend=job.backend,
+            engine=job.engine,
+            model=job.model,
+            classes=job.classes,
+            params=job.params,
+            native=trained.native,
+            options=job.options,
+            versions={"detkit": job.version, "python": platform.python_version(), **trained.versions},
+            hardware={"machine": platform.machine(), "system": platform.system(), **trained.hardware},
+            data=counts,
+            weights=trained.weights,
+            metrics=_finite(trained.metrics),
+            score_threshold=trained.score_threshold,
+            max_detections=trained.max_detections,
+            started=started,
+            seconds=time.time() - started,
+            artifacts={
+                p.relative_to(self.model).as_posix(): Artifact(sha256=file_sha256(p), bytes=p.stat().st_size)
+                for p in files
+            },
+            dropped=job.dropped,
+            parent=parent,
+        )
+        write_json(self.model / "detkit.json", manifest)
+        return manifest
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: value for n, value in values.items() if not isinstance(value, float) or math.isfinite(value)}

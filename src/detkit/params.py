@@ -1,0 +1,187 @@
+"""Canonical hyperparameters: one name, unit and type each, whatever framework they end up in.
+
+A plugin declares what it takes by subclassing `Params` with these types and its own defaults::
+
+    class MyParams(Params, frozen=True, kw_only=True):
+        epochs: Epochs | None = 20
+        learning_rate: LearningRate = 1e-3
+        my_knob: int = 3          # a native one, of the plugin's own
+
+`Params` change the model that comes out; `Options` change where and how fast it runs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
+
+import msgspec
+from msgspec import Meta
+
+from detkit.errors import InvalidValue, UnknownName
+
+Epochs: TypeAlias = Annotated[int, Meta(ge=1, description="passes over the training images")]
+Iterations: TypeAlias = Annotated[int, Meta(ge=1, description="optimizer steps, instead of epochs")]
+BatchSize: TypeAlias = Annotated[int, Meta(ge=1, description="images per optimizer step over all devices")]
+LearningRate: TypeAlias = Annotated[float, Meta(gt=0, description="peak learning rate, at the batch size given")]
+LrScheduler: TypeAlias = Annotated[
+    Literal["cosine", "step", "constant"], Meta(description="how the learning rate falls after warm-up")
+]
+LrSchedulerStep: TypeAlias = Annotated[
+    tuple[int, ...], Meta(description="epochs after which the 'step' schedule multiplies by lr_scheduler_factor")
+]
+LrSchedulerFactor: TypeAlias = Annotated[float, Meta(gt=0, le=1, description="factor of the 'step' schedule")]
+WarmupEpochs: TypeAlias = Annotated[float, Meta(ge=0, description="epochs of linear warm-up")]
+WarmupIterations: TypeAlias = Annotated[
+    int | Literal["auto"], Meta(description="steps of linear warm-up, instead of epochs; auto: 5 % of all steps")
+]
+Optimizer: TypeAlias = Annotated[Literal["sgd", "adamw"], Meta(description="optimizer")]
+Momentum: TypeAlias = Annotated[float, Meta(ge=0, lt=1, description="momentum of sgd")]
+WeightDecay: TypeAlias = Annotated[float, Meta(ge=0, description="weight decay; none on biases and norms")]
+GradientClip: TypeAlias = Annotated[float, Meta(gt=0, description="largest global norm of the gradient")]
+ImageSize: TypeAlias = Annotated[
+    int | Literal["auto"], Meta(description="pixels of the model's input, its shorter side where the shape is kept")
+]
+Weights: TypeAlias = Annotated[
+    str | None, Meta(description="coco, imagenet, auto (from the cache), none, a file, or a run to start from")
+]
+Seed: TypeAlias = Annotated[int, Meta(ge=0, lt=2**32, description="seed of weights, order and augmentation")]
+MaxDetections: TypeAlias = Annotated[
+    int | Literal["auto"], Meta(description="detections kept per image; auto: max(100, 2 x the busiest training image)")
+]
+NmsThreshold: TypeAlias = Annotated[float, Meta(gt=0, le=1, description="IoU above which the weaker of two boxes goes")]
+ValidateEvery: TypeAlias = Annotated[
+    str, Meta(pattern=r"^\d+ (epoch|iteration)s?$", description="when to score the validation images")
+]
+CheckpointEvery: TypeAlias = Annotated[
+    str, Meta(pattern=r"^\d+ (epoch|iteration)s?$", description="when to save a resumable checkpoint")
+]
+
+CANONICAL: Mapping[str, Any] = {
+    "epochs": Epochs,
+    "iterations": Iterations,
+    "batch_size": BatchSize,
+    "learning_rate": LearningRate,
+    "lr_scheduler": LrScheduler,
+    "lr_scheduler_step": LrSchedulerStep,
+    "lr_scheduler_factor": LrSchedulerFactor,
+    "warmup_epochs": WarmupEpochs,
+    "warmup_iterations": WarmupIterations,
+    "optimizer": Optimizer,
+    "momentum": Momentum,
+    "weight_decay": WeightDecay,
+    "gradient_clip": GradientClip,
+    "image_size": ImageSize,
+    "weights": Weights,
+    "seed": Seed,
+    "max_detections": MaxDetections,
+    "nms_threshold": NmsThreshold,
+    "validate_every": ValidateEvery,
+    "checkpoint_every": CheckpointEvery,
+}
+"""Every canonical name and its type; a plugin that uses a name uses its type (`BackendTests` checks)."""
+
+INSTEAD: Mapping[str, str] = {"iterations": "epochs", "warmup_iterations": "warmup_epochs"}
+"""Parameters of which only one has a value."""
+
+
+class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every plugin's hyperparameters."""
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every plugin's options: where and how fast, never what comes out."""
+
+
+StructT = TypeVar("StructT", bound=msgspec.Struct)
+
+
+def describe(struct: type[msgspec.Struct]) -> dict[str, str]:
+    """Return each field's description, empty where it has none."""
+    hints = typing.get_type_hints(struct, include_extras=True)
+    return {field.name: _description(hints[field.name]) for field in msgspec.structs.fields(struct)}
+
+
+def set_fields(
+    base: StructT, values: Mapping[str, Any], *, kind: str, origins: Mapping[str, str] | None = None
+) -> StructT:
+    """Return ``base`` with ``values`` in place of its own, checked and coerced from strings.
+
+    Giving ``iterations`` clears a default ``epochs`` and the other way round; giving both raises. Raises `UnknownName`
+    with a did-you-mean and `InvalidValue` with the value's origin.
+    """
+    cls = type(base)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    known = [field.name for field in msgspec.structs.fields(cls)]
+    chosen: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise UnknownName(kind, name, known)
+        chosen[name] = coerce(name, value, hints[name], origin=(origins or {}).get(name, ""))
+    for one, other in [*INSTEAD.items(), *((b, a) for a, b in INSTEAD.items())]:
+        if one in chosen and other in known and chosen[one] is not None:
+            if chosen.get(other) is not None:
+                raise InvalidValue(one, chosen[one], f"give {other} or {one}, not both")
+            chosen[other] = None
+    result = msgspec.structs.replace(base, **chosen)
+    lengths = [getattr(result, name) for name in ("epochs", "iterations") if name in known]
+    if len(lengths) == 2 and lengths == [None, None]:
+        raise InvalidValue("epochs", None, "exactly one of epochs and iterations must have a value")
+    return result
+
+
+def coerce(name: str, value: Any, hint: Any, origin: str = "") -> Any:
+    """Convert a value, or the text of one, to the type of a field. Raises `InvalidValue`."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text.lower() in {"none", "null"} and _admits_none(hint):
+            return None
+        value = [part.strip() for part in text.split(",") if part.strip()] if _is_sequence(hint) else text
+    try:
+        converted = msgspec.convert(value, hint, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidValue(name, value, _explain(str(error), hint), origin) from None
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise InvalidValue(name, value, "expected a finite number", origin)
+    return converted
+
+
+def every_steps(every: str, steps_per_epoch: int) -> int:
+    """Convert ``"1 epoch"`` or ``"250 iterations"`` to a number of steps."""
+    count, unit = every.split()
+    return int(count) * (steps_per_epoch if unit.startswith("epoch") else 1)
+
+
+def _arms(hint: Any) -> list[Any]:
+    """The alternatives of a union, looked for below ``Annotated``."""
+    if typing.get_origin(hint) is Annotated:
+        return _arms(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return [arm for part in typing.get_args(hint) for arm in _arms(part)]
+    return [hint]
+
+
+def _admits_none(hint: Any) -> bool:
+    return type(None) in _arms(hint)
+
+
+def _is_sequence(hint: Any) -> bool:
+    return any(typing.get_origin(arm) in (tuple, list) for arm in _arms(hint))
+
+
+def _description(hint: Any) -> str:
+    for part in (hint, *typing.get_args(hint)):
+        for meta in typing.get_args(part)[1:] if typing.get_origin(part) is Annotated else ():
+            if isinstance(meta, Meta) and meta.description:
+                return meta.description
+    return ""
+
+
+def _explain(message: str, hint: Any) -> str:
+    allowed = [repr(v) for arm in _arms(hint) if typing.get_origin(arm) is Literal for v in typing.get_args(arm)]
+    message = re.sub(r"`(int|float|str|bool|null|array)( \| null)?`", lambda m: m.group(1), message)
+    return message + (f"; one of {', '.join(allowed)}" if allowed and "enum" in message else "")

@@ -1,0 +1,311 @@
+"""Runs: handles on training that goes on, or has ended, in a run directory.
+
+Everything a `LocalRun` knows it reads from the directory, so any process can attach to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from detkit.errors import RunFailed, UsageError, WorkerDied
+from detkit.job import SCHEMA, Event, Job, Model, Workspace, write_json
+
+Status: TypeAlias = Literal["running", "finished", "failed", "stopped", "interrupted"]
+"""``interrupted`` is a worker that vanished without a word: killed, or the machine went down."""
+
+TAIL_LINES = 20
+_POLL_S = 0.05
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """``run.json``: how the run was started, enough to find its process again and to start it anew."""
+
+    backend: str
+    model: str
+    command: list[str]
+    environment: dict[str, str]
+    host: str
+    created: float
+    """Seconds since the epoch (POSIX)."""
+    pid: int
+    pid_created: float
+    """When the process began (POSIX); tells it from a later one with the same number."""
+    schema: int = SCHEMA
+
+
+class Run(ABC):
+    """A started or finished job. Backends subclass it."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.workspace.path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def job(self) -> Job:
+        """What was asked for, with every effective hyperparameter."""
+        return self.workspace.job()
+
+    @property
+    @abstractmethod
+    def status(self) -> Status:
+        """Where the run stands."""
+
+    @abstractmethod
+    def stop(self, timeout_s: float = 60.0) -> None:
+        """Ask training to end after its current step, keeping its last checkpoint; use force after the timeout."""
+
+    @abstractmethod
+    def wait(self) -> Run:
+        """Block until training has ended and return the run. Raises `RunFailed` with the reason and the log's tail."""
+
+    @abstractmethod
+    def resume(self, *, leash: bool = False) -> Run:
+        """Continue an interrupted, stopped or failed run in place."""
+
+    @property
+    def model(self) -> Model:
+        """The finished model. Raises `UsageError` before there is one."""
+        if self.status != "finished":
+            raise UsageError(
+                f"run {self.path} is {self.status} and has no model yet; see `detkit runs show {self.path}`"
+            )
+        return Model(self.workspace.model)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The latest value of every metric; those of the model that was kept once the run is finished."""
+        latest = {name: value for row in self.history for name, value in row.items() if name not in {"step", "epoch"}}
+        return {**latest, **self.model.manifest.metrics} if self.status == "finished" else latest
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """One row per metric event: ``step``, ``epoch`` and the values. Steps that a resume repeats appear once."""
+        rows: list[dict[str, float]] = []
+        started_anew = False
+        for event in self.events(follow=False):
+            if event.kind == "state" and event.values.get("state") == "running":
+                started_anew = True
+            if event.kind == "metric":
+                if started_anew and event.step is not None:
+                    rows = [row for row in rows if row.get("step", -1) < event.step]
+                    started_anew = False
+                position = {"step": event.step, "epoch": event.epoch}
+                row = {name: float(value) for name, value in position.items() if value is not None}
+                rows.append({**row, **{name: float(value) for name, value in event.values.items()}})
+        return rows
+
+    @property
+    def position(self) -> int:
+        """Bytes of events so far; `events` can begin there."""
+        return self.workspace.metrics_file.stat().st_size if self.workspace.metrics_file.exists() else 0
+
+    def events(self, *, follow: bool = True, since: int = 0) -> Iterator[Event]:
+        """Yield events from a `position` on; with ``follow`` until the run has ended. A half-written line waits."""
+        offset, rest = since, b""
+        decoder = msgspec.json.Decoder(Event)
+        while True:
+            ended = not follow or self.status != "running"
+            if self.workspace.metrics_file.exists():
+                with self.workspace.metrics_file.open("rb") as file:
+                    file.seek(offset)
+                    new = file.read()
+                offset += len(new)
+                *lines, rest = (rest + new).split(b"\n")
+                for line in lines:
+                    with contextlib.suppress(msgspec.DecodeError):  # a line cut short by a kill, continued by a resume
+                        yield decoder.decode(line)
+            if ended:
+                return
+            time.sleep(_POLL_S)
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{n} {v:.3f}" for n, v in sorted(self.metrics.items()) if n.endswith("AP"))
+        model = f"{self.job.backend}/{self.job.model}"
+        return f"<Run {self.path}: {model}, {self.status}{', ' + numbers if numbers else ''}>"
+
+
+class LocalRun(Run):
+    """A run whose worker is a process on this machine."""
+
+    def __init__(self, workspace: Workspace, process: subprocess.Popen[bytes] | None = None) -> None:
+        super().__init__(workspace)
+        self._process = process
+
+    @classmethod
+    def start(
+        cls,
+        workspace: Workspace,
+        command: Sequence[str],
+        *,
+        backend: str,
+        model: str,
+        leash: bool,
+        environment: Mapping[str, str] | None = None,
+    ) -> LocalRun:
+        """Start a worker in the run directory. With ``leash`` it ends when this process does."""
+        import psutil
+
+        extra = dict(environment or {})
+        with workspace.log_file.open("ab") as log:
+            process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.PIPE if leash else subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **extra, **({"DETKIT_LEASH": "1"} if leash else {})},
+                start_new_session=True,  # Ctrl-C reaches only the controller, which then asks the worker to stop
+            )
+        run = cls(workspace, process)
+        try:
+            try:
+                pid_created = psutil.Process(process.pid).create_time()
+            except psutil.NoSuchProcess:
+                pid_created = time.time()
+            record = RunRecord(
+                backend=backend,
+                model=model,
+                command=list(command),
+                environment=extra,
+                host=socket.gethostname(),
+                created=time.time(),
+                pid=process.pid,
+                pid_created=pid_created,
+            )
+            write_json(workspace.run_file, record)
+        except BaseException:
+            process.kill()
+            run._reap()
+            raise
+        return run
+
+    @property
+    def record(self) -> RunRecord:
+        if not self.workspace.run_file.is_file():
+            raise UsageError(f"{self.path} holds no run: there is no run.json in it")
+        return msgspec.json.decode(self.workspace.run_file.read_bytes(), type=RunRecord)
+
+    @property
+    def status(self) -> Status:
+        if self._alive():
+            return "running"
+        if (self.workspace.model / "detkit.json").is_file():
+            return "finished"
+        if self.workspace.failure_file.is_file():
+            return "failed"
+        states = [event.values["state"] for event in self.events(follow=False) if event.kind == "state"]
+        return "stopped" if states and states[-1] == "stopped" else "interrupted"
+
+    def wait(self) -> LocalRun:
+        while self.status == "running":
+            time.sleep(_POLL_S)
+        self._reap()
+        status = self.status
+        if status == "failed":
+            message, _, detail = self.workspace.failure_file.read_text().partition("\n")
+            raise RunFailed(message + (f"\n{detail}" if detail else ""), self.log_tail())
+        if status == "interrupted":
+            raise WorkerDied(self._how_it_ended(), self.workspace.log_file, self.log_tail())
+        return self
+
+    def stop(self, timeout_s: float = 60.0) -> None:
+        before = self.status
+        if before != "running":
+            self._reap()
+            return
+        pid = self.record.pid
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + timeout_s
+        while self._alive() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        if self._alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            while self._alive():
+                time.sleep(_POLL_S)
+        self._reap()
+        if self.status == "interrupted":  # it ended before it could listen, or by force
+            self._end_cut_line()
+            self.workspace.log("state", {"state": "stopped"})
+
+    def resume(self, *, leash: bool = False) -> LocalRun:
+        status = self.status
+        if status in {"running", "finished"}:
+            raise UsageError(f"run {self.path} is {status}; only an interrupted, stopped or failed run can be resumed")
+        if status == "failed":
+            number = 1 + sum(1 for _ in self.workspace.failure_file.parent.glob("failure.*"))
+            self.workspace.failure_file.rename(self.workspace.failure_file.with_name(f"failure.{number}"))
+        self._end_cut_line()
+        record = self.record
+        return LocalRun.start(
+            self.workspace,
+            record.command,
+            backend=record.backend,
+            model=record.model,
+            leash=leash,
+            environment=record.environment,
+        )
+
+    def log_tail(self) -> str:
+        """Return the last lines that the worker printed."""
+        if not self.workspace.log_file.is_file():
+            return ""
+        lines = self.workspace.log_file.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-TAIL_LINES:])
+
+    def _reap(self) -> None:
+        """Collect the ended process, where it is a child of this one, and let go of the leash."""
+        if self._process is not None:
+            self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+
+    def _end_cut_line(self) -> None:
+        """Give the next event a line of its own where a kill cut the last one short."""
+        file = self.workspace.metrics_file
+        if file.is_file() and not file.read_bytes().endswith(b"\n"):
+            with file.open("ab") as end:
+                end.write(b"\n")
+
+    def _alive(self) -> bool:
+        if self._process is not None:
+            return self._process.poll() is None
+        import psutil
+
+        record = self.record
+        try:
+            process = psutil.Process(record.pid)
+            same = math.isclose(process.create_time(), record.pid_created, abs_tol=1.0)
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def _how_it_ended(self) -> str:
+        code = None if self._process is None else self._process.returncode
+        if code is None:
+            return "vanished: it was killed, or the machine went down"
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = "; the system kills processes so when memory runs out" if name == "SIGKILL" else ""
+            return f"was ended by {name}{hint}"
+        return f"ended with exit code {code} and left no reason"

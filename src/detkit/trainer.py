@@ -1,0 +1,381 @@
+"""Training, with any backend, by one call."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+import detkit
+from detkit import catalog, plugins
+from detkit.backends import Backend, LocalBackend, ModelSpec
+from detkit.data import Dataset
+from detkit.errors import InvalidData, MissingSettings, UnknownName, Unsupported, UsageError, did_you_mean
+from detkit.formats.findings import Finding, Prepared, prepare, raise_errors
+from detkit.io import read_dataset
+from detkit.job import Job, Model, Workspace, place
+from detkit.live import follow
+from detkit.params import INSTEAD, Options, Params, describe, set_fields
+from detkit.predictor import find_model
+from detkit.runs import Run
+from detkit.settings import Setting, Settings
+
+OWN_SETTINGS = ("model", "backend", "train", "val", "test", "name", "on_invalid")
+"""Settings that the trainer itself understands; all others are parameters and options of the backend."""
+
+TEST_SHARE, VALIDATION_SHARE = 0.20, 0.16
+"""What is held out of data without splits: 20 % for one final test, 16 % to choose the weights by."""
+
+_MIN_IMAGES_TO_SPLIT = 5
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One line of `Explanation`."""
+
+    name: str
+    value: Any
+    origin: str
+    kind: Literal["parameter", "option"]
+    native: str
+    """What the framework is told, where that differs."""
+    description: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Every effective setting of a training call and where it came from."""
+
+    backend: str
+    model: str
+    reason: str
+    """Why this model, where it was chosen automatically."""
+    rows: tuple[Row, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [msgspec.structs.asdict(row) for row in self.rows]
+        return {"backend": self.backend, "model": self.model, "reason": self.reason, "settings": rows}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Resolved:
+    backend: Backend
+    model: str
+    spec: ModelSpec
+    params: Params
+    options: Options
+    origins: Mapping[str, str]
+    reason: str
+
+
+class Trainer:
+    """Trains a model; construct it with settings, call `fit` with data.
+
+    Every setting may also come from the call, from ``DETKIT_<NAME>`` in the environment, or from a ``detkit.yaml`` in
+    the current folder or above it. A setting that the backend does not know raises before anything heavy is imported.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | None = None,
+        backend: str | None = None,
+        train: Dataset | str | Path | None = None,
+        val: Dataset | str | Path | None = None,
+        test: Dataset | str | Path | None = None,
+        name: str | None = None,
+        on_invalid: Literal["raise", "drop"] | None = None,
+        **settings: Any,
+    ) -> None:
+        own = {"model": model, "backend": backend, "train": train, "val": val, "test": test, "name": name}
+        self._constructor: dict[str, Any] = {**own, "on_invalid": on_invalid, **settings}
+
+    def fit(
+        self,
+        train: Dataset | str | Path | None = None,
+        val: Dataset | str | Path | None = None,
+        test: Dataset | str | Path | None = None,
+        *,
+        name: str | None = None,
+        quiet: bool = False,
+        **settings: Any,
+    ) -> Run:
+        """Train and return the finished run. The worker ends with this process; Ctrl-C keeps the last checkpoint.
+
+        With ``train`` alone, its own splits are used; where it has none, 20 % of the images are held out for a final
+        test and 16 % for validation, spread evenly over the classes. Raises `detkit.errors.RunFailed`.
+        """
+        run = self.start(train, val, test, name=name, leash=True, **settings)
+        return watch(run, quiet=quiet)
+
+    def start(
+        self,
+        train: Dataset | str | Path | None = None,
+        val: Dataset | str | Path | None = None,
+        test: Dataset | str | Path | None = None,
+        *,
+        name: str | None = None,
+        leash: bool = False,
+        **settings: Any,
+    ) -> Run:
+        """Start training and return at once; the worker goes on when this process ends, unless on a leash."""
+        call = {"train": train, "val": val, "test": test, "name": name, **settings}
+        layers = Settings(call, self._constructor)
+        resolved = _resolve(layers)
+        if layers.get("train") is None:
+            raise MissingSettings([("train", "the folder of your images and annotations")])
+        seed = int(getattr(resolved.params, "seed", 0))
+        on_invalid = _one_of("on_invalid", layers.get("on_invalid"), ("raise", "drop"), "raise")
+        channels, told = _channels(layers, seed)
+        classes = channels["train"].classes
+        prepared = _prepare_all(
+            {name: data.with_classes(classes, f"{name} data") for name, data in channels.items()}, on_invalid
+        )
+        for channel, ready in prepared.items():
+            told += [str(finding) for finding in ready.warnings[:5]]
+            if len(ready.warnings) > 5:
+                told.append(f"... and {len(ready.warnings) - 5} more warnings about the {channel} data")
+            told += [f"{channel}: left out {n} boxes: {code}" for code, n in ready.dropped.items()]
+        if not len(prepared["train"].data.boxes):
+            raise UsageError("the training images have no boxes; there is nothing to learn")
+        told += _leaks(prepared)
+        params, parent = _with_parent(_with_auto_detections(resolved.params, prepared["train"].data), resolved)
+        chosen_name = layers.get("name")
+        workspace = Workspace(catalog.new_run_path(resolved.model, chosen_name.value if chosen_name else None))
+        dropped: dict[str, int] = {}
+        for ready in prepared.values():
+            for code, count in ready.dropped.items():
+                dropped[code] = dropped.get(code, 0) + count
+        job = Job(
+            backend=resolved.backend.name,
+            engine=resolved.backend.engine if isinstance(resolved.backend, LocalBackend) else "",
+            model=resolved.model,
+            params=msgspec.to_builtins(params),
+            options=msgspec.to_builtins(resolved.options),
+            classes=list(classes),
+            version=detkit.__version__,
+            dropped=dropped,
+        )
+        workspace.create(job)
+        try:
+            for channel, ready in prepared.items():
+                workspace.write_dataset(channel, ready.data, ready.image_digests)
+            if parent is not None:
+                for file in sorted(p for p in parent.path.rglob("*") if p.is_file()):
+                    place(file, workspace.parent_model / file.relative_to(parent.path))
+            _announce(workspace, resolved, told, leash)
+            return resolved.backend.start(job, workspace, leash=leash)
+        except BaseException:
+            shutil.rmtree(workspace.path, ignore_errors=True)  # `create` made it, and nothing half-written may stay
+            raise
+
+    def resume(self, run: Run | str | Path, *, quiet: bool = False) -> Run:
+        """Continue an interrupted, stopped or failed run in place and return it when it is finished."""
+        found = run if isinstance(run, Run) else catalog.open_run(run)
+        since = found.position
+        return watch(found.resume(leash=True), quiet=quiet, since=since)
+
+    def explain(self, **settings: Any) -> Explanation:
+        """Return every effective setting, its origin, and what the framework will be told. Starts nothing."""
+        resolved = _resolve(Settings(settings, self._constructor))
+        native = resolved.backend.translate(resolved.model, resolved.params)
+        rows = [
+            Row(
+                name=name,
+                value=value,
+                origin=resolved.origins.get(name, "default"),
+                kind=kind,  # type: ignore[arg-type]
+                native=native.get(name, ""),
+                description=describe(type(struct))[name],
+            )
+            for kind, struct in (("parameter", resolved.params), ("option", resolved.options))
+            for name, value in msgspec.structs.asdict(struct).items()
+        ]
+        return Explanation(
+            backend=resolved.backend.name, model=resolved.model, reason=resolved.reason, rows=tuple(rows)
+        )
+
+
+def watch(run: Run, *, quiet: bool = False, since: int = 0) -> Run:
+    """Follow a run to its end; Ctrl-C stops it, keeps its last checkpoint and is raised again."""
+    try:
+        return follow(run, quiet=quiet, since=since)
+    except KeyboardInterrupt:
+        if not quiet:
+            print("stopping after this step; the last checkpoint stays", file=sys.stderr)
+        run.stop()
+        raise
+
+
+def _resolve(layers: Settings) -> _Resolved:
+    """Find backend and model, route every other setting to parameters or options, and check them."""
+    model, backend, reason = _choose(layers.get("model"), layers.get("backend"))
+    spec = backend.spec(model)
+    param_names = spec.params.__struct_fields__
+    option_names = backend.options.__struct_fields__
+    for name, setting in layers.written().items():
+        if name not in {*OWN_SETTINGS, *param_names, *option_names}:
+            known = [*param_names, *option_names, *OWN_SETTINGS]
+            raise UnknownName(f"setting of {backend.name}/{model} (given in {setting.origin})", name, known)
+    given_params, given_options = layers.choose(param_names, INSTEAD), layers.choose(option_names, {})
+    weights = given_params.get("weights")
+    if weights is not None and isinstance(weights.value, (Run, Model)):
+        given_params["weights"] = Setting(str(find_model(weights.value).path), weights.origin)
+    elif weights is not None and isinstance(weights.value, Path):
+        given_params["weights"] = Setting(str(weights.value), weights.origin)
+    origins = {name: setting.origin for name, setting in {**given_params, **given_options}.items()}
+    params = set_fields(spec.params, {n: s.value for n, s in given_params.items()}, kind="parameter", origins=origins)
+    options = set_fields(
+        backend.options(), {n: s.value for n, s in given_options.items()}, kind="option", origins=origins
+    )
+    return _Resolved(
+        backend=backend, model=model, spec=spec, params=params, options=options, origins=origins, reason=reason
+    )
+
+
+def _choose(model: Setting | None, backend: Setting | None) -> tuple[str, Backend, str]:
+    wanted = "auto" if model is None else str(model.value)
+    if wanted == "auto":
+        candidates = [plugins.backend(str(backend.value))] if backend else list(plugins.backends().values())
+        for candidate in candidates:
+            suggestion = candidate.suggest()
+            if suggestion is not None:
+                return suggestion.model, candidate, suggestion.reason
+        raise UsageError(
+            "no installed backend suggests a model; install one (pip install detkit-torchvision) or name a model, "
+            "see `detkit models`"
+        )
+    engine, slash, name = wanted.partition("/")
+    if backend is not None:
+        chosen = plugins.backend(str(backend.value))
+        return (name if slash and engine == chosen.name else wanted), chosen, ""
+    if slash:
+        return name, plugins.backend(engine), ""
+    having = [candidate for candidate in plugins.backends().values() if wanted in candidate.models]
+    if len(having) == 1:
+        return wanted, having[0], ""
+    every = [f"{b.name}/{m}" for b in plugins.backends().values() for m in b.models]
+    if having:
+        raise UsageError(f"model {wanted!r} is offered by {', '.join(b.name for b in having)}; write backend/model")
+    bare = {name.partition("/")[2] for name in every}
+    raise UnknownName("model", wanted, every, did_you_mean(wanted, bare).strip())
+
+
+def _channels(layers: Settings, seed: int) -> tuple[dict[str, Dataset], list[str]]:
+    given = {name: layers.get(name) for name in ("train", "val", "test")}
+    loaded = {
+        name: setting.value if isinstance(setting.value, Dataset) else read_dataset(setting.value)
+        for name, setting in given.items()
+        if setting is not None
+    }
+    train = loaded["train"]
+    if len(loaded) > 1:
+        names = {"train": "train", "val": "validation", "test": "test"}
+        return {names[name]: data for name, data in loaded.items()}, []
+    if train.split_indices:
+        return _own_splits(train, seed)
+    if len(train) < _MIN_IMAGES_TO_SPLIT:
+        raise UsageError(
+            f"{len(train)} image(s) are too few to hold any out; give validation images yourself (val=, in the "
+            "command line a second data set), even the same ones"
+        )
+    parts = train.split(1 - TEST_SHARE - VALIDATION_SHARE, VALIDATION_SHARE, TEST_SHARE, seed=seed)
+    channels = dict(zip(("train", "validation", "test"), parts, strict=True))
+    counts = ", ".join(f"{len(data)} {name}" for name, data in channels.items())
+    return channels, [f"no splits in the data: {counts} images, stratified by class, seed {seed}"]
+
+
+def _own_splits(data: Dataset, seed: int) -> tuple[dict[str, Dataset], list[str]]:
+    aliases = {"train": ("train", "trainval"), "validation": ("val", "valid", "validation"), "test": ("test",)}
+    chosen = {c: next((n for n in names if n in data.splits), None) for c, names in aliases.items()}
+    if chosen["train"] is None:
+        raise UsageError(
+            f"the data has the splits {', '.join(data.splits)} and none is called train; name one, "
+            "e.g. DATA:trainval or data.splits['trainval']"
+        )
+    channels = {channel: data.splits[name] for channel, name in chosen.items() if name is not None}
+    told = "the data's own splits: " + ", ".join(f"{n} ({len(channels[c])})" for c, n in chosen.items() if n)
+    if "validation" not in channels and len(channels["train"]) >= _MIN_IMAGES_TO_SPLIT:
+        channels["train"], channels["validation"] = channels["train"].split(0.8, 0.2, seed=seed)
+        told += f"; {len(channels['validation'])} of the training images are held out for validation, seed {seed}"
+    return channels, [told]
+
+
+def _prepare_all(channels: Mapping[str, Dataset], on_invalid: Literal["raise", "drop"]) -> dict[str, Prepared]:
+    """Check every channel before the first complaint, so that one error tells all."""
+    prepared: dict[str, Prepared] = {}
+    findings: list[Finding] = []
+    hints: list[str] = []
+    for name, data in channels.items():
+        try:
+            prepared[name] = prepare(data, on_invalid=on_invalid)
+        except InvalidData as error:
+            if not error.findings:
+                raise
+            findings += error.findings
+            hints += [error.hint] if error.hint not in hints else []
+    raise_errors(findings, "; ".join(hints))
+    return prepared
+
+
+def _leaks(prepared: Mapping[str, Prepared]) -> list[str]:
+    names = list(prepared)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    counts = {
+        pair: int(np.isin(prepared[pair[1]].image_digests, prepared[pair[0]].image_digests).sum()) for pair in pairs
+    }
+    warning = "warning: {} images of {} are also in {}; its scores will be too good"
+    return [warning.format(count, b, a) for (a, b), count in counts.items() if count]
+
+
+def _with_auto_detections(params: Params, train: Dataset) -> Params:
+    if getattr(params, "max_detections", None) != "auto":
+        return params
+    return msgspec.structs.replace(params, max_detections=max(100, 2 * int(train.boxes_per_image().max(initial=0))))
+
+
+def _with_parent(params: Params, resolved: _Resolved) -> tuple[Params, Model | None]:
+    """Make ``weights`` what the engine understands: one of the model's words, None, a file, or a parent model."""
+    weights = getattr(params, "weights", None)
+    if weights is None or weights in resolved.spec.weights:
+        return params, None
+    path = Path(weights)
+    if path.is_file():
+        return msgspec.structs.replace(params, weights=str(path.absolute())), None
+    try:
+        parent = find_model(weights)
+    except UnknownName:
+        known = [*resolved.spec.weights, "none", "the path of a file", "a run"]
+        raise UnknownName(f"weights for {resolved.backend.name}/{resolved.model}", weights, known) from None
+    if parent.manifest.backend != resolved.backend.name or parent.manifest.model != resolved.model:
+        raise UsageError(
+            f"weights={weights!r} is a {parent.name}; training a {resolved.backend.name}/{resolved.model} "
+            "can only start from one of its own kind"
+        )
+    if isinstance(resolved.backend, LocalBackend) and not resolved.backend.incremental:
+        raise Unsupported(f"backend {resolved.backend.name!r} cannot start from an earlier model")
+    return msgspec.structs.replace(params, weights=str(parent.path.absolute())), parent
+
+
+def _announce(workspace: Workspace, resolved: _Resolved, told: list[str], leash: bool) -> None:
+    life = "ends with this process" if leash else "goes on when this process ends; attach to it by its directory"
+    shown = os.path.relpath(workspace.path)
+    first = f"model {resolved.backend.name}/{resolved.model}" + (f": {resolved.reason}" if resolved.reason else "")
+    for message in (first, f"run {shown}; the worker {life}", *told):
+        workspace.log("log", {"message": message})
+
+
+def _one_of(name: str, setting: Setting | None, allowed: tuple[Any, ...], default: Any) -> Any:
+    from detkit.errors import InvalidValue
+
+    if setting is None:
+        return default
+    if setting.value not in allowed:
+        raise InvalidValue(name, setting.value, f"one of {', '.join(map(str, allowed))}", setting.origin)
+    return setting.value

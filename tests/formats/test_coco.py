@@ -1,0 +1,327 @@
+"""COCO JSON: the conformance suite, ids of every kind, and what real files get wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools.coco import COCO
+
+from detkit import read_dataset, write_dataset
+from detkit.boxes import xyxy_to_xywh
+from detkit.data import Dataset, Sample
+from detkit.errors import InvalidData
+from detkit.formats.coco import to_coco
+from detkit.formats.findings import count_codes
+from detkit.testing import FormatTests, tiny_dataset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Document = dict[str, Any]
+
+
+class TestConformance(FormatTests):
+    format_name = "coco"
+
+
+def document() -> Document:
+    """Two pictures of 40 x 30 pixels, the second without a box."""
+    return {
+        "images": [
+            {"id": 1, "file_name": "a.jpg", "width": 40, "height": 30},
+            {"id": 2, "file_name": "b.jpg", "width": 40, "height": 30},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 10, 12], "area": 99, "iscrowd": 0},
+            {"id": 2, "image_id": 1, "category_id": 2, "bbox": [0, 0, 40, 30], "iscrowd": 1},
+        ],
+        "categories": [{"id": 1, "name": "disc"}, {"id": 2, "name": "square"}],
+    }
+
+
+def put(root: Path, content: Document | str, json_name: str = "annotations.json", images: str = "images") -> Path:
+    """Write a JSON file with the pictures a.jpg and b.jpg beside it."""
+    for name in ("a.jpg", "b.jpg"):
+        (root / images).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30)).save(root / images / name)
+    (root / json_name).parent.mkdir(parents=True, exist_ok=True)
+    (root / json_name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return root
+
+
+def problems(path: Path, **options: Any) -> tuple[dict[str, int], str]:
+    with pytest.raises(InvalidData) as caught:
+        read_dataset(path, "coco", **options)
+    return count_codes(caught.value.findings), str(caught.value)
+
+
+def test_plain(tmp_path: Path) -> None:
+    data = read_dataset(put(tmp_path, document()))
+    assert data.boxes.tolist() == [[1, 2, 11, 14], [0, 0, 40, 30]]
+    assert data.area.tolist() == [99, 1200]
+    assert data.crowd.tolist() == [False, True]
+    assert data.boxes_per_image().tolist() == [2, 0]
+    assert data.paths == (str(tmp_path / "images/a.jpg"), str(tmp_path / "images/b.jpg"))
+
+
+IDS: dict[str, Callable[[int], int | str]] = {
+    "from 0": lambda i: i,
+    "from 1": lambda i: i + 1,
+    "sparse": lambda i: i * 1_000_003 + 17,
+    "falling": lambda i: 100 - i,
+    "text": lambda i: f"id-{i}",
+}
+
+
+@pytest.mark.parametrize("images", IDS)
+@pytest.mark.parametrize("categories", IDS)
+def test_ids_of_any_kind(tmp_path: Path, images: str, categories: str) -> None:
+    data = tiny_dataset(tmp_path / "images", classes=("disc", "square", "zebra", "unused"))
+    content = to_coco(data)
+    for image in content["images"]:
+        image["id"] = IDS[images](image["id"])
+    for category in content["categories"]:
+        category["id"] = IDS[categories](category["id"])
+    for annotation in content["annotations"]:
+        annotation["image_id"] = IDS[images](annotation["image_id"])
+        annotation["category_id"] = IDS[categories](annotation["category_id"])
+    random.Random(0).shuffle(content["annotations"])
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    back = read_dataset(tmp_path)
+    assert back.image_ids == data.image_ids
+    assert sorted(back.classes) == sorted(data.classes)
+    assert back.classes == (data.classes[::-1] if categories == "falling" else data.classes)
+    for before, after in zip(data, back, strict=True):
+        assert after.records is not None
+        rows = sorted(zip(after.records.tolist(), after.names, after.boxes.tolist(), strict=True))
+        assert sorted(zip(before.names, before.boxes.tolist(), strict=True)) == sorted(row[1:] for row in rows)
+        for record, name, box in rows:
+            annotation = content["annotations"][record]
+            assert xyxy_to_xywh(np.array([box]))[0].tolist() == annotation["bbox"]
+            assert IDS[categories](data.classes.index(name) + 1) == annotation["category_id"]
+
+
+def test_pycocotools_opens_what_we_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tiny_dataset(tmp_path / "pictures")
+    folder = write_dataset(data, tmp_path / "out", "coco")
+    coco = COCO(folder / "annotations.json")
+    assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == list(data.classes)
+    for i, sample in enumerate(data, start=1):
+        found = coco.loadAnns(coco.getAnnIds(imgIds=[i]))
+        assert [annotation["bbox"] for annotation in found] == xyxy_to_xywh(sample.boxes).tolist()
+        assert all(isinstance(value, int) for annotation in found for value in annotation["bbox"])
+        assert (folder / "images" / coco.imgs[i]["file_name"]).is_file()
+
+
+def test_unknown_keys_stay(tmp_path: Path) -> None:
+    content = document()
+    content["images"][1]["weather"] = {"rain": [1, 2]}
+    content["annotations"][0] |= {"score": 0.5, "segmentation": [[1, 2, 3, 4, 5, 6]], "difficult": 1}
+    data = read_dataset(put(tmp_path / "in", content))
+    assert data.extra == ({}, {"weather": {"rain": [1, 2]}})
+    assert data.box_extra == ({"score": 0.5}, {})
+    assert data.difficult.tolist() == [True, False]
+    written = to_coco(data)
+    assert written["images"] == content["images"]
+    assert written["annotations"] == [content["annotations"][0], {**content["annotations"][1], "area": 1200}]
+    assert read_dataset(write_dataset(data, tmp_path / "out")).box_extra == data.box_extra
+
+
+def test_no_annotations_are_negatives(tmp_path: Path) -> None:
+    content = document()
+    del content["annotations"]
+    data = read_dataset(put(tmp_path, content))
+    assert (len(data), len(data.boxes), data.classes) == (2, 0, ("disc", "square"))
+    content["annotations"] = None
+    assert len(read_dataset(put(tmp_path, content)).boxes) == 0
+
+
+def test_no_size(tmp_path: Path) -> None:
+    content = document()
+    del content["images"][0]["width"]
+    content["images"][1]["height"] = None
+    assert read_dataset(put(tmp_path, content)).sizes.tolist() == [[40, 30], [40, 30]]
+    (tmp_path / "images/b.jpg").unlink()
+    found, text = problems(tmp_path)
+    assert found == {"missing-image": 1}
+    assert "images[1] has no size" in text
+
+
+@pytest.mark.parametrize("side", [0, -3, "40", None, 1e300, 10**30, float("inf"), float("nan"), [40]])
+def test_a_size_that_is_none_comes_from_the_file(tmp_path: Path, side: object) -> None:
+    content = document()
+    content["images"][0]["width"] = side
+    assert read_dataset(put(tmp_path, content)).sizes.tolist() == [[40, 30], [40, 30]]
+
+
+def test_every_bad_record_is_told(tmp_path: Path) -> None:
+    content = document()
+    good = content["annotations"][0]
+    changes: list[Document] = [
+        {"bbox": None},
+        {"bbox": [1, 2, 3]},
+        {"bbox": [1, 2, 3, "4"]},
+        {"bbox": [1, 2, 3, float("nan")]},
+        {"bbox": [1, 2, 3, float("inf")]},
+        {"image_id": 77},
+        {"image_id": "1"},
+        {"category_id": 9},
+        {"category_id": None},
+        {"id": 1},
+        {"id": [1]},
+    ]
+    content["annotations"] += [{**good, "id": 100 + i, **change} for i, change in enumerate(changes)] + [7]
+    found, text = problems(put(tmp_path, content))
+    assert found == {
+        "bad-box": 5,
+        "unknown-image": 2,
+        "bad-id": 2,
+        "unknown-category": 1,
+        "duplicate-id": 1,
+        "bad-record": 1,
+    }
+    assert "annotations[5]: 'bbox' is [1, 2, 3, nan]; expected [x, y, width, height] [bad-box]" in text
+    assert len(text.splitlines()) < 15
+    del content["annotations"][2:7]
+    assert "annotations[3]: image_id '1' is the id of no image, only as a number" in problems(put(tmp_path, content))[1]
+
+
+def test_negative_width_is_left_to_check(tmp_path: Path) -> None:
+    content = document()
+    content["annotations"][0]["bbox"] = [10, 10, -5, 5]
+    assert read_dataset(put(tmp_path, content)).boxes[0].tolist() == [10, 10, 5, 15]
+
+
+def test_bad_tables(tmp_path: Path) -> None:
+    content = document()
+    content["categories"].append({"id": 3, "name": "disc"})
+    content["categories"].append({"id": 2, "name": "other"})
+    content["categories"].append({"id": 5})
+    content["images"].append({"id": 2, "file_name": "c.jpg", "width": 1, "height": 1})
+    content["images"].append({"id": 4, "file_name": "a.jpg", "width": 1, "height": 1})
+    content["images"].append({"id": 5})
+    found, text = problems(put(tmp_path, content))
+    assert found == {"duplicate-id": 2, "duplicate-name": 1, "no-name": 1, "duplicate-file-name": 1, "no-file-name": 1}
+    assert "categories[2]: name 'disc' is there already, in categories[0]" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"images": [1, 2', r"line 1, column \d+: not JSON"),
+        ("", r"not JSON"),
+        ('[{"image_id": 1}]', r"expected an object with 'images'"),
+        ('{"images": {}, "categories": []}', r"Expected `array`"),
+        ('{"images": [NaN], "annotations": 3, "categories": {}}', r"expected an object, found nan"),
+        ('{"images": [], "annotations": []}', r"no 'categories'.*JumpStart"),
+        ('{"images": [], "annotations": {}, "categories": []}', r"'annotations' is {}; expected a list"),
+    ],
+)
+def test_not_coco(tmp_path: Path, content: str, message: str) -> None:
+    put(tmp_path, content)
+    with pytest.raises(InvalidData, match=message):
+        read_dataset(tmp_path / "annotations.json", "coco")
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "/secret.jpg", "a/../../secret.jpg", "..\\secret.jpg"])
+def test_file_name_cannot_lead_out(tmp_path: Path, name: str) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "secret.jpg")
+    content = document()
+    content["images"][0] = {"id": 1, "file_name": name}
+    found, _ = problems(put(tmp_path / "set", content))
+    assert found == {"outside-folder": 1}
+
+
+@pytest.mark.parametrize(
+    ("json_name", "images"),
+    [
+        ("annotations.json", "images"),
+        ("annotations.json", "."),
+        ("annotations/instances_val2017.json", "val2017"),
+        ("annotations/instances_default.json", "images"),
+        ("annotations/instances_default.json", "images/default"),
+        ("instances.json", "JPEGImages"),
+        ("train/_annotations.coco.json", "train"),
+    ],
+)
+def test_images_are_found(tmp_path: Path, json_name: str, images: str) -> None:
+    put(tmp_path, document(), json_name, images)
+    for path in (tmp_path, tmp_path / json_name):
+        data = read_dataset(path)
+        assert all(Path(file).is_file() for file in data.paths)
+        assert data.image_ids == ("a.jpg", "b.jpg")
+        assert not data.split_indices
+
+
+def test_images_elsewhere(tmp_path: Path) -> None:
+    put(tmp_path, document(), images="far/away")
+    data = read_dataset(tmp_path, images="far/away")
+    assert all(Path(file).is_file() for file in data.paths)
+    with pytest.raises(InvalidData, match=r"images='nowhere': there is no folder"):
+        read_dataset(tmp_path, images="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("names", "images", "splits"),
+    [
+        (("annotations/instances_train2017.json", "annotations/instances_val2017.json"), "{}2017", ("train", "val")),
+        (("train.json", "test.json"), "images/{}", ("train", "test")),
+        (("train/_annotations.coco.json", "valid/_annotations.coco.json"), "{}", ("train", "valid")),
+    ],
+)
+def test_files_become_splits(tmp_path: Path, names: tuple[str, str], images: str, splits: tuple[str, str]) -> None:
+    other = document()
+    other["categories"] = [{"id": 7, "name": "square"}, {"id": 8, "name": "zebra"}]
+    other["annotations"] = [{"id": 1, "image_id": 2, "category_id": 7, "bbox": [0, 0, 9, 9]}]
+    for name, content, split in zip(names, (document(), other), splits, strict=True):
+        put(tmp_path, content, name, images.format(split))
+    (tmp_path / "annotations").mkdir(exist_ok=True)
+    (tmp_path / "annotations/captions_train2017.json").write_text('{"images": [], "annotations": []}')
+    data = read_dataset(tmp_path)
+    assert sorted(data.classes) == ["disc", "square", "zebra"]
+    first, second = (data.splits[split] for split in splits)
+    assert [sample.names for sample in first] == [("disc", "square"), ()]
+    assert [sample.names for sample in second] == [(), ("square",)]
+    assert all(Path(path).is_file() for path in data.paths)
+    assert second.image_ids[0] == f"{images.format(splits[1])}/a.jpg"
+
+
+def test_one_image_annotated_in_two_ways(tmp_path: Path) -> None:
+    changed = document()
+    changed["annotations"].pop()
+    put(tmp_path, document(), "annotations/train.json")
+    put(tmp_path, changed, "annotations/val.json")
+    with pytest.raises(InvalidData, match=r"val\.json: a\.jpg: its annotations differ from those in .*train\.json"):
+        read_dataset(tmp_path)
+
+
+@given(
+    boxes=st.lists(
+        st.tuples(*[st.integers(-5, 50)] * 2, *[st.integers(1, 50)] * 2),
+        max_size=5,
+    ),
+    fraction=st.sampled_from([1.0, 0.5, 0.25]),
+)
+def test_to_coco_keeps_boxes(boxes: list[tuple[int, int, int, int]], fraction: float) -> None:
+    xyxy = np.array([(x, y, x + w, y + h) for x, y, w, h in boxes], dtype=np.float64).reshape(-1, 4) * fraction
+    sample = Sample(path="a.jpg", width=64, height=64, boxes=xyxy, names=("disc",) * len(boxes))
+    content = to_coco(Dataset.from_samples(("disc",), [sample]))
+    back = np.array([annotation["bbox"] for annotation in content["annotations"]]).reshape(-1, 4)
+    assert np.array_equal(back, xyxy_to_xywh(xyxy))
+
+
+def test_not_finite(tmp_path: Path) -> None:
+    data = tiny_dataset(tmp_path)
+    boxes = data.boxes.copy()
+    boxes[2, 1] = np.inf
+    with pytest.raises(InvalidData, match=r"00\d\.\w+: 1 box\(es\) are not finite"):
+        to_coco(replace(data, boxes=boxes))

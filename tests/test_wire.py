@@ -1,0 +1,214 @@
+"""The /invocations contract, spoken to a real prediction worker over loopback."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from detkit import Dataset, Detections, Model, Predictor, Trainer
+from detkit.backends import PredictOptions, WorkerDetector
+from detkit.errors import DetkitError, RunFailed
+from detkit.wire import CONTENT_TYPE, Client, decode_detections, decode_images, encode_detections, encode_images
+
+PIXELS = [np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3), np.full((4, 1, 3), 200, dtype=np.uint8)]
+
+
+def test_images_travel_unchanged() -> None:
+    batch, paths = decode_images(encode_images(PIXELS, ["a.jpg", "ü b.jpg"]))
+    assert paths == ["a.jpg", "ü b.jpg"]
+    for sent, got in zip(PIXELS, batch, strict=True):
+        assert got.dtype == np.uint8
+        np.testing.assert_array_equal(sent, got)
+
+
+def test_views_are_packed_in_order() -> None:
+    flipped = PIXELS[0][:, ::-1]
+    (got,), _ = decode_images(encode_images([flipped]))
+    np.testing.assert_array_equal(got, flipped)
+
+
+def test_empty_batch() -> None:
+    assert decode_images(encode_images([])) == ([], [])
+    assert decode_detections(encode_detections([])) == []
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_files_travel_as_they_are() -> None:
+    content = png(PIXELS[0])
+    (whole,), _ = decode_images(content, "image/png")
+    np.testing.assert_array_equal(whole, PIXELS[0])
+    header = json.dumps({"images": [{"path": "a.png", "bytes": len(content)}]}).encode()
+    batch, paths = decode_images(struct.pack("<I", len(header)) + header + content)
+    assert paths == ["a.png"]
+    np.testing.assert_array_equal(batch[0], PIXELS[0])
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "message"),
+    [
+        (b"", CONTENT_TYPE, "the request is malformed"),
+        (b"\x04\x00\x00\x00nope", CONTENT_TYPE, "the request is malformed"),
+        (b"\x02\x00\x00\x00{}", CONTENT_TYPE, "the request is malformed"),
+        (b"\x02\x00\x00\x00[]", CONTENT_TYPE, "the request is malformed"),
+        (encode_images(PIXELS)[:-1], CONTENT_TYPE, "the request is malformed"),
+        (encode_images(PIXELS) + b"x", CONTENT_TYPE, r"the request has \d+ bytes, its header tells of \d+"),
+        (b"no image", "image/jpeg", "cannot read image"),
+        (b"{}", "application/json", r"content type 'application/json' is not known; expected image/\*"),
+    ],
+)
+def test_malformed_requests(body: bytes, content_type: str, message: str) -> None:
+    with pytest.raises(DetkitError, match=message):
+        decode_images(body, content_type)
+
+
+def test_detections_survive_the_way_exactly() -> None:
+    rng = np.random.default_rng(0)
+    one = Detections(
+        path="a/ü.jpg", width=31, height=17, classes=("b", "a", "never"), boxes=rng.random((3, 4)) / 3,
+        labels=np.array([1, 0, 1]), scores=np.array([1 / 3, 0.1 + 0.2, 1e-9]),
+    )  # fmt: skip
+    none = Detections(
+        path="", width=1, height=1, classes=one.classes, boxes=np.zeros((0, 4)), labels=np.zeros(0, dtype=np.int64),
+        scores=np.zeros(0),
+    )  # fmt: skip
+    back = decode_detections(encode_detections([one, none]))
+    for sent, got in zip([one, none], back, strict=True):
+        assert (got.path, got.width, got.height, got.classes) == (sent.path, sent.width, sent.height, sent.classes)
+        for name in ("boxes", "labels", "scores"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(sent, name))
+            assert getattr(got, name).dtype == getattr(sent, name).dtype
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("wire")
+    return Trainer(model="echo/memory", epochs=6).fit(tiny, tiny, name=str(folder / "run"), quiet=True).model
+
+
+@pytest.fixture(scope="module")
+def worker(model: Model) -> Iterator[int]:
+    """A prediction worker; gives its port."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "detkit.worker", "--serve", str(model.path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    yield json.loads(process.stdout.readline())["port"]
+    process.kill()
+    process.communicate()
+
+
+def request(
+    port: int, method: str, path: str, body: bytes = b"", content_type: str = ""
+) -> tuple[int, dict[str, object]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, path, body, {"Content-Type": content_type} if content_type else {})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def test_ping(worker: int) -> None:
+    assert request(worker, "GET", "/ping") == (200, {})
+    assert request(worker, "GET", "/elsewhere")[0] == 404
+    assert request(worker, "POST", "/elsewhere")[0] == 404
+
+
+def test_one_image_file(worker: int, model: Model, tiny: Dataset) -> None:
+    status, answer = request(worker, "POST", "/invocations", Path(tiny.paths[0]).read_bytes(), "image/jpeg")
+    assert status == 200
+    assert answer["classes"] == list(tiny.classes)
+    with Predictor(model, score_threshold=0) as predictor:
+        expected = predictor(tiny.paths[0]).to_dict()
+    assert answer["images"] == [{**expected, "path": ""}]
+
+
+def test_answers_after_a_bad_request(worker: int, tiny: Dataset) -> None:
+    status, answer = request(worker, "POST", "/invocations", b"no image", "image/jpeg")
+    assert status == 400
+    assert "cannot read image" in str(answer["error"])
+    client = Client("127.0.0.1", worker)
+    with pytest.raises(RunFailed, match="answered 500"):
+        client.detect([np.zeros((2, 3, 5), dtype=np.uint8)])
+    assert len(client.detect([tiny[0].image(), tiny[1].image()], ["a", "b"])) == 2
+    assert [found.path for found in client.detect([tiny[0].image()], ["a"])] == ["a"]
+    client.close()
+
+
+def test_worker_detector_ends_with_close(model: Model, tiny: Dataset) -> None:
+    children = set(psutil.Process().children())
+    detector = WorkerDetector(sys.executable, model, PredictOptions())
+    (process,) = set(psutil.Process().children()) - children
+    assert len(detector.detect([tiny[0].image()])) == 1
+    detector.close()
+    assert not process.is_running()
+
+
+def test_worker_that_cannot_load(model: Model, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunFailed, match="cuda:99"):
+        Predictor(model, device="cuda:99", isolate=True)
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_worker_that_dies(model: Model, tiny: Dataset) -> None:
+    children = set(psutil.Process().children())
+    detector = WorkerDetector(sys.executable, model, PredictOptions())
+    (process,) = set(psutil.Process().children()) - children
+    process.kill()
+    with pytest.raises(RunFailed, match="the prediction worker does not answer"):
+        detector.detect([tiny[0].image()])
+    detector.close()
+
+
+def chatty(path: Path, code: str) -> str:
+    """A Python whose frameworks print while they are imported."""
+    (path / "sitecustomize.py").write_text(code)
+    script = path / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{path}" exec "{sys.executable}" "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_prints_of_a_framework_are_passed_over(model: Model, tiny: Dataset, tmp_path: Path) -> None:
+    python = chatty(tmp_path, "print('hello'); print('[1, 2]'); print('no newline here: ', end='\\n')")
+    detector = WorkerDetector(python, model, PredictOptions())
+    assert len(detector.detect([tiny[0].image()])) == 1
+    detector.close()
+
+
+def test_prints_after_the_start_do_not_block(model: Model, tiny: Dataset, tmp_path: Path) -> None:
+    code = (
+        "import threading, time\n"
+        "def talk():\n"
+        "    time.sleep(1)\n"
+        "    while True: print('x' * 4096, flush=True)\n"
+        "threading.Thread(target=talk, daemon=True).start()"
+    )
+    python = chatty(tmp_path, code + "\nimport os; os.dup2(os.open(os.devnull, os.O_WRONLY), 2)")
+    detector = WorkerDetector(python, model, PredictOptions())
+    time.sleep(1.5)
+    found: list[Detections] = []
+    reader = threading.Thread(target=lambda: found.extend(detector.detect([tiny[0].image()])), daemon=True)
+    reader.start()
+    reader.join(timeout=30)
+    assert found
+    detector.close()
