@@ -150,12 +150,14 @@ def test_faulty_boxes(tiny: Dataset) -> None:
         QUICK.fit(faulty, tiny, on_invalid="ignore")
 
 
-def test_faulty_images(tmp_path: Path) -> None:
+def test_faulty_images(tiny: Dataset, tmp_path: Path) -> None:
     data = tiny_dataset(tmp_path / "images")
     Path(data.paths[2]).unlink()
     with pytest.raises(InvalidData, match="missing-image 1") as caught:
-        QUICK.fit(data, data, on_invalid="drop")
+        QUICK.fit(data, tiny, on_invalid="drop")
     assert data.paths[2] in str(caught.value)
+    with pytest.raises(InvalidData, match="missing-image 2"):  # one error tells of every channel
+        QUICK.fit(data, data)
 
 
 def test_truncated_image(tmp_path: Path) -> None:
