@@ -28,14 +28,15 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms.v2 import functional as F
 
 import detkit
-from detkit.backends import LocalOptions
 from detkit.data import Dataset
 from detkit.formats.findings import prepare
 from detkit.job import Job, Workspace
 from detkit.shapes import write_shapes
-from detkit_torchvision.engine import Training, keep_freed_memory
+from detkit_torchvision.devices import keep_freed_memory
+from detkit_torchvision.engine import Training
 from detkit_torchvision.models import MODELS, build
 from detkit_torchvision.params import MODELS as SPECS
+from detkit_torchvision.params import TorchvisionOptions
 
 CASES = {
     "ssd_tiny": (160, 8),
@@ -103,7 +104,7 @@ def detkit_steps(data: Dataset, model: str, size: int, batch: int, folder: Path)
         engine="",
         model=model,
         params=to_builtins(params),
-        options=to_builtins(LocalOptions()),
+        options=to_builtins(TorchvisionOptions()),
         classes=list(data.classes),
     )
     workspace = Workspace(folder)

@@ -194,7 +194,8 @@ def test_thresholds(run: Run, tiny: Dataset) -> None:
 
 def test_threshold_where_none_is_known(tiny: Dataset) -> None:
     blind = Trainer(model="echo/memory", epochs=1).fit(tiny, test=tiny, quiet=True)
-    assert Predictor(blind).score_threshold == DEFAULT_SCORE_THRESHOLD
+    with pytest.warns(UserWarning, match="without validation images"):
+        assert Predictor(blind).score_threshold == DEFAULT_SCORE_THRESHOLD
 
 
 def test_ways_to_name_a_model(run: Run, tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

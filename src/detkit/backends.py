@@ -20,9 +20,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import msgspec
+from msgspec import Meta
 
 from detkit.data import Detections
 from detkit.errors import PluginError, RunFailed, UnknownName, Unsupported, UsageError
@@ -53,12 +54,13 @@ class PredictOptions(Options, frozen=True, kw_only=True):
 class LocalOptions(Options, frozen=True, kw_only=True):
     """Options of every backend that trains on this machine."""
 
-    device: str = "auto"
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; asking for one that is not there is an error."""
-    python: str | None = None
-    """The interpreter that runs the engine; this one where None."""
-    num_workers: int | Literal["auto"] = "auto"
-    """Threads that decode images ahead of the training step."""
+    device: Annotated[
+        str, Meta(description="auto, cpu, cuda or cuda:N; asking for one that is not there is an error")
+    ] = "auto"
+    python: Annotated[str | None, Meta(description="the interpreter that runs the engine; this one where none")] = None
+    num_workers: Annotated[
+        int | Literal["auto"], Meta(description="threads that decode images ahead of the training step")
+    ] = "auto"
 
 
 class Detector(Protocol):
@@ -133,6 +135,9 @@ class Backend(ABC):
     def open(self, model: Model, options: PredictOptions, *, isolate: bool = False) -> Detector:
         """Open a finished model, in this process or, with ``isolate``, in a worker of its own."""
 
+    def require(self, options: Options) -> None:  # noqa: B027 - most places need nothing of this machine
+        """Raise before any data is read when what the engine needs is not here. Nothing to check by default."""
+
     def suggest(self) -> Suggestion | None:
         """Answer ``model="auto"`` for this machine; None where the backend is no candidate."""
         return None
@@ -173,6 +178,9 @@ class LocalBackend(Backend):
     suggestion: Callable[[], Suggestion | None] | None = None
     translation: Callable[[str, Params], Mapping[str, str]] | None = None
     api: int = API
+
+    def require(self, options: Options) -> None:
+        self.interpreter(getattr(options, "python", None))
 
     def start(self, job: Job, workspace: Workspace, *, leash: bool) -> LocalRun:
         python = self.interpreter(job.options.get("python"))

@@ -68,11 +68,15 @@ def _read_umask() -> int:
 
 _UMASK = _read_umask()
 
+_READ_BY_PEOPLE = 1 << 20
+"""JSON below this many bytes is indented."""
+
 
 def write_json(path: Path, value: Any) -> None:
-    """Write any msgspec-encodable value, indented, beside and renamed."""
+    """Write any msgspec-encodable value beside and rename it; indented, unless it is too long for anybody to read."""
+    compact = msgspec.json.encode(value)
     with atomic_write(path) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(value), indent=1))
+        file.write(msgspec.json.format(compact, indent=1) if len(compact) < _READ_BY_PEOPLE else compact)
 
 
 def file_sha256(path: Path) -> str:

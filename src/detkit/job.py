@@ -191,6 +191,15 @@ class Model:
         return found
 
 
+def _typed_like(example: Any, text: Any) -> Any:
+    """Read a place's string as JSON, unless the parameter is text itself: SageMaker hands everything over as text."""
+    if not isinstance(text, str) or (isinstance(example, str) and not text.startswith('"')):
+        return text
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+    return text
+
+
 class Workspace:
     """A run directory by its named places."""
 
@@ -262,7 +271,8 @@ class Workspace:
             for key, value in json.loads(overlay.read_bytes()).items()
             if not key.startswith(("_", "sagemaker_"))
         }
-        return msgspec.structs.replace(job, params={**job.params, **given})
+        typed = {key: _typed_like(job.params.get(key), value) for key, value in given.items()}
+        return msgspec.structs.replace(job, params={**job.params, **typed})
 
     def write_dataset(self, channel: str, data: Dataset, image_digests: Sequence[str]) -> None:
         """Put a data set into a channel: columns, COCO annotations and links to the images.

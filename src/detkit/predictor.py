@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,10 +54,9 @@ class Predictor:
     ) -> None:
         self.model = find_model(model)
         self.batch_size = batch_size
-        known = self.model.manifest.score_threshold
-        self.score_threshold: float = (
-            (DEFAULT_SCORE_THRESHOLD if known is None else known) if score_threshold == "best" else score_threshold
-        )
+        if score_threshold == "best":
+            score_threshold = self._best_threshold()
+        self.score_threshold: float = score_threshold
         """Detections below it are left out."""
         options = PredictOptions(
             device=device,
@@ -66,6 +66,17 @@ class Predictor:
         )
         backend = plugins.backend(self.model.manifest.backend)
         self._detector: Detector = backend.open(self.model, options, isolate=isolate)
+
+    def _best_threshold(self) -> float:
+        known = self.model.manifest.score_threshold
+        if known is not None:
+            return known
+        warnings.warn(
+            f"score threshold {DEFAULT_SCORE_THRESHOLD}: {self.model.name} was trained without validation images, so "
+            "its best one is not known; score_threshold sets another",
+            stacklevel=3,
+        )
+        return DEFAULT_SCORE_THRESHOLD
 
     @property
     def classes(self) -> tuple[str, ...]:

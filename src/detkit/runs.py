@@ -9,7 +9,6 @@ import contextlib
 import math
 import os
 import signal
-import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
@@ -36,7 +35,6 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     command: list[str]
     environment: dict[str, str]
-    host: str
     created: float
     """Seconds since the epoch (POSIX)."""
     pid: int
@@ -186,7 +184,6 @@ class LocalRun(Run):
                 model=model,
                 command=list(command),
                 environment=extra,
-                host=socket.gethostname(),
                 created=time.time(),
                 pid=process.pid,
                 pid_created=pid_created,

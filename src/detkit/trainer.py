@@ -130,6 +130,7 @@ class Trainer:
         resolved = _resolve(layers)
         if layers.get("train") is None:
             raise MissingSettings([("train", "the folder of your images and annotations")])
+        resolved.backend.require(resolved.options)
         seed = int(getattr(resolved.params, "seed", 0))
         on_invalid = _one_of("on_invalid", layers.get("on_invalid"), ("raise", "drop"), "raise")
         channels, told = _channels(layers, seed)

@@ -26,6 +26,7 @@ import re
 import subprocess
 import sys
 import typing
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,8 @@ class Reader:
     def run_python(self, block: Block) -> str:
         # The empty lines in front let a traceback point at the line of the page.
         code = compile("\n" * block.line + block.code, str(self.page), "exec")
-        with contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stdout(io.StringIO()) as out, warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)  # what detkit has to say of a training this short
             exec(code, self.names)
         return out.getvalue()
 
@@ -339,8 +341,10 @@ def kind(about: Mapping[str, typing.Any]) -> str:
 
 
 def first_cells(page: str, heading: str) -> list[str]:
-    """Return the first column of the table below a heading, without back-quotes."""
+    """Return the first column of the first table below a heading, without back-quotes."""
     text = (ROOT / "docs/reference" / page).read_text()
     section = re.search(rf"^#+ {re.escape(heading)}$(.*?)(?=^#|\Z)", text, flags=re.MULTILINE | re.DOTALL)
     assert section, f"{page} has no heading {heading}"
-    return re.findall(r"^\| `(\w+)` \|", section[1], flags=re.MULTILINE)
+    first_table = re.search(r"(?:^\|.*\n)+", section[1], flags=re.MULTILINE)
+    assert first_table, f"{page}: no table below {heading}"
+    return re.findall(r"^\| `(\w+)` \|", first_table[0], flags=re.MULTILINE)

@@ -14,13 +14,13 @@ from msgspec.structs import replace as changed
 from safetensors.torch import load_file
 from torchvision.models import detection
 
-from detkit.backends import LocalOptions, PredictOptions
+from detkit.backends import PredictOptions
 from detkit.data import Dataset
 from detkit.formats.findings import prepare
 from detkit.job import Job, Model, Workspace
 from detkit_torchvision.engine import TorchvisionEngine
 from detkit_torchvision.models import MODELS, build, coco_weights, copy_by_name, head_rows
-from detkit_torchvision.params import COCO_FILES
+from detkit_torchvision.params import COCO_FILES, TorchvisionOptions
 from detkit_torchvision.params import MODELS as SPECS
 
 SMALL = {"fasterrcnn_resnet50_fpn_v2": 64, "ssdlite320_mobilenet_v3_large": 320}
@@ -35,7 +35,7 @@ def make_job(model: str, data: Dataset, **settings: Any) -> Job:
         engine="detkit_torchvision.engine:TorchvisionEngine",
         model=model,
         params=to_builtins(params),
-        options=to_builtins(LocalOptions(device="cpu")),
+        options=to_builtins(TorchvisionOptions(device="cpu")),
         classes=list(data.classes),
         version="test",
     )

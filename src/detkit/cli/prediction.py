@@ -49,11 +49,6 @@ def predict(
     with Predictor(
         opened, score_threshold=threshold, max_detections=max_detections, device=device, isolate=isolate
     ) as predictor:
-        if threshold == "best" and opened.manifest.score_threshold is None:
-            messages.tell(
-                f"score threshold {predictor.score_threshold:g}: this model was trained without validation images, so "
-                "its best one is not known; --score-threshold X sets another"
-            )
         for i, found in enumerate(_tracked(predictor.predict(sources), len(sources))):
             if as_json:
                 messages.print_json(found.to_dict(), indent=-1)

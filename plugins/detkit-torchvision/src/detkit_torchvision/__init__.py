@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from detkit.backends import LocalBackend
 from detkit.hookspecs import hookimpl
-from detkit_torchvision.params import MODELS, suggest, translate
+from detkit_torchvision.params import MODELS, TorchvisionOptions, suggest, translate
 
 
 @hookimpl
@@ -20,6 +20,7 @@ def detkit_backends() -> Iterable[LocalBackend]:
         summary="small detectors that learn from scratch on a CPU, and torchvision's own",
         engine="detkit_torchvision.engine:TorchvisionEngine",
         models=MODELS,
+        options=TorchvisionOptions,
         install="pip install detkit-torchvision",
         requires=("torch", "torchvision", "safetensors"),
         resume="exact",

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 from msgspec.structs import replace
 
-from detkit.backends import ModelSpec, Suggestion
+from detkit.backends import LocalOptions, ModelSpec, Suggestion
 from detkit.params import (
     BatchSize,
     CheckpointEvery,
@@ -66,6 +66,15 @@ class TorchvisionParams(Params, frozen=True):
     validate_every: ValidateEvery = "1 epoch"
     checkpoint_every: CheckpointEvery = "1 epoch"
     seed: Seed = 0
+
+
+class TorchvisionOptions(LocalOptions, frozen=True, kw_only=True):
+    """Where and how fast."""
+
+    threads: Annotated[
+        Annotated[int, Meta(ge=1)] | Literal["auto"],
+        Meta(description="threads of one step on a CPU; auto: one per core. 1 is far faster on a busy machine"),
+    ] = "auto"
 
 
 _STOCK = replace(
@@ -136,7 +145,7 @@ def suggest() -> Suggestion:
     return Suggestion(
         _FROM_SCRATCH,
         f"trained from scratch, as there are no COCO weights in {weights_cache()}; "
-        f"`model=torchvision/{candidate} weights=coco` would fetch some and fine-tune",
+        f"`--model torchvision/{candidate} weights=coco` would fetch some and fine-tune",
     )
 
 
