@@ -242,6 +242,19 @@ def test_readme_says_what_ci_runs() -> None:
     assert all((ROOT / name).exists() for name in named)
 
 
+def test_readme_lists_every_model() -> None:
+    for name in ("detkit_torchvision", "detkit_echo"):
+        pytest.importorskip(name, reason="the table lists the models of both plugins")
+    assert models() in (ROOT / "README.md").read_text(), f"the table should be:\n{models()}"
+
+
+def models() -> str:
+    """Return the table of models as the two plugins of this repository declare them."""
+    installed = [plugins.backend(name) for name in ("torchvision", "echo")]
+    rows = [f"| `{one.name}/{model}` | {spec.summary} |" for one in installed for model, spec in one.models.items()]
+    return "\n".join(["| model | what it is |", "|---|---|", *rows]) + "\n"
+
+
 def commands_of(block: Block) -> list[str]:
     return commands(block.code) if block.language == "console" else []
 

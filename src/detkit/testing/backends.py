@@ -158,7 +158,7 @@ class BackendTests:
 
     def test_missing_device_is_an_error(self, jobs: Jobs) -> None:
         with pytest.raises(DetkitError, match="cuda:99"):
-            Predictor(jobs.base, device="cuda:99")
+            Predictor(jobs.base, score_threshold=SCORE_FLOOR, device="cuda:99")
 
     def test_stop_leaves_no_process(self, jobs: Jobs) -> None:
         stopped = jobs.interrupted("stop")
