@@ -194,7 +194,7 @@ def test_thresholds(run: Run, tiny: Dataset) -> None:
 
 def test_threshold_where_none_is_known(tiny: Dataset) -> None:
     blind = Trainer(model="echo/memory", epochs=1).fit(tiny, test=tiny, quiet=True)
-    with pytest.warns(UserWarning, match="without validation images"):
+    with pytest.warns(UserWarning, match="the best one of echo/memory is not known"):
         assert Predictor(blind).score_threshold == DEFAULT_SCORE_THRESHOLD
 
 

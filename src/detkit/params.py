@@ -37,28 +37,31 @@ LrSchedulerStep: TypeAlias = Annotated[
 LrSchedulerFactor: TypeAlias = Annotated[float, Meta(gt=0, le=1, description="factor of the 'step' schedule")]
 WarmupEpochs: TypeAlias = Annotated[float, Meta(ge=0, description="epochs of linear warm-up")]
 WarmupIterations: TypeAlias = Annotated[
-    int | Literal["auto"], Meta(description="steps of linear warm-up, instead of epochs; auto: 5 % of all steps")
+    Annotated[int, Meta(ge=0)] | Literal["auto"],
+    Meta(description="steps of linear warm-up, instead of epochs; auto: 5 % of all steps"),
 ]
 Optimizer: TypeAlias = Annotated[Literal["sgd", "adamw"], Meta(description="optimizer")]
 Momentum: TypeAlias = Annotated[float, Meta(ge=0, lt=1, description="momentum of sgd")]
 WeightDecay: TypeAlias = Annotated[float, Meta(ge=0, description="weight decay; none on biases and norms")]
 GradientClip: TypeAlias = Annotated[float, Meta(gt=0, description="largest global norm of the gradient")]
 ImageSize: TypeAlias = Annotated[
-    int | Literal["auto"], Meta(description="pixels of the model's input, its shorter side where the shape is kept")
+    Annotated[int, Meta(ge=32)] | Literal["auto"],
+    Meta(description="pixels of the model's input, its shorter side where the shape is kept"),
 ]
 Weights: TypeAlias = Annotated[
     str | None, Meta(description="coco, imagenet, auto (from the cache), none, a file, or a run to start from")
 ]
 Seed: TypeAlias = Annotated[int, Meta(ge=0, lt=2**32, description="seed of weights, order and augmentation")]
 MaxDetections: TypeAlias = Annotated[
-    int | Literal["auto"], Meta(description="detections kept per image; auto: max(100, 2 x the busiest training image)")
+    Annotated[int, Meta(ge=1)] | Literal["auto"],
+    Meta(description="detections kept per image; auto: max(100, 2 x the busiest training image)"),
 ]
 NmsThreshold: TypeAlias = Annotated[float, Meta(gt=0, le=1, description="IoU above which the weaker of two boxes goes")]
 ValidateEvery: TypeAlias = Annotated[
-    str, Meta(pattern=r"^\d+ (epoch|iteration)s?$", description="when to score the validation images")
+    str, Meta(pattern=r"^[1-9]\d* (epoch|iteration)s?$", description="when to score the validation images")
 ]
 CheckpointEvery: TypeAlias = Annotated[
-    str, Meta(pattern=r"^\d+ (epoch|iteration)s?$", description="when to save a resumable checkpoint")
+    str, Meta(pattern=r"^[1-9]\d* (epoch|iteration)s?$", description="when to save a resumable checkpoint")
 ]
 
 CANONICAL: Mapping[str, Any] = {

@@ -27,7 +27,7 @@ OneImage: TypeAlias = "str | Path | Image | PillowImage.Image"
 Source: TypeAlias = "OneImage | Dataset | Iterable[OneImage]"
 
 DEFAULT_SCORE_THRESHOLD = 0.25
-"""Used where a model was trained without validation images, so that its best threshold is not known."""
+"""Used where a model had no validation images, or found nothing in them, so that its best one is not known."""
 
 _DECODERS = 2
 _AHEAD = 2
@@ -72,8 +72,8 @@ class Predictor:
         if known is not None:
             return known
         warnings.warn(
-            f"score threshold {DEFAULT_SCORE_THRESHOLD}: {self.model.name} was trained without validation images, so "
-            "its best one is not known; score_threshold sets another",
+            f"score threshold {DEFAULT_SCORE_THRESHOLD}: the best one of {self.model.name} is not known, as it found "
+            "nothing in validation images, or had none; score_threshold sets another",
             stacklevel=3,
         )
         return DEFAULT_SCORE_THRESHOLD

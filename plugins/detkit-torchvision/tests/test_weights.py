@@ -11,7 +11,7 @@ from torchvision.models import detection
 
 import detkit
 from detkit.data import Dataset
-from detkit.errors import RunFailed, UnknownName, UsageError
+from detkit.errors import InvalidValue, RunFailed, UnknownName, UsageError
 from detkit_torchvision.models import build, coco_weights
 from detkit_torchvision.params import COCO_FILES, suggest, weights_cache
 from detkit_torchvision.weights import read_state_dict
@@ -118,3 +118,19 @@ def _rename(sample: detkit.Sample, names: dict[str, str]) -> detkit.Sample:
     from dataclasses import replace
 
     return replace(sample, names=tuple(names.get(name, name) for name in sample.names))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"image_size": -3}, {"warmup_iterations": -4}, {"validate_every": "0 epochs"}, {"augmentations": "blur"}],
+)
+def test_values_out_of_range(settings: dict[str, object]) -> None:
+    with pytest.raises(InvalidValue, match=next(iter(settings))):
+        detkit.Trainer(model="torchvision/fcos_tiny").explain(**settings)
+
+
+def test_on_a_machine_without_a_gpu(tiny: Dataset) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(RunFailed, match=r"device='cuda'.*0 CUDA device.*device=cpu"):
+        detkit.Trainer(model="torchvision/fcos_tiny", iterations=1, device="cuda").fit(tiny, tiny, quiet=True)

@@ -65,4 +65,7 @@ def use_threads(wanted: int | str) -> str | None:
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if torch.get_num_threads() == 1 or load < 0.75 * cores:
         return None
-    return f"this machine is busy (load {load:.1f} on {cores} cores); the option threads=1 may be much faster"
+    return (
+        f"this machine is busy (load {load:.1f} on {cores} cores); one thread may be much faster: --threads 1, "
+        "or DETKIT_THREADS=1 for any command"
+    )

@@ -73,7 +73,9 @@ class TorchvisionOptions(LocalOptions, frozen=True, kw_only=True):
 
     threads: Annotated[
         Annotated[int, Meta(ge=1)] | Literal["auto"],
-        Meta(description="threads of one step on a CPU; auto: one per core. 1 is far faster on a busy machine"),
+        Meta(
+            description="threads of a step on a CPU; auto: torch's own, one per core; 1 is far faster on a busy machine"
+        ),
     ] = "auto"
 
 
