@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from detkit import Dataset, Run, Trainer, evaluate, write_dataset
-from detkit.errors import InvalidData, SeenImages, UsageError
+from detkit.errors import ClassMismatch, InvalidData, SeenImages, UsageError
 from detkit.testing import tiny_dataset
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -95,16 +95,18 @@ def test_classes_meet_by_name(run: Run, tiny: Dataset) -> None:
 
 def test_class_that_the_model_does_not_know(run: Run, tiny: Dataset) -> None:
     data = replace(tiny[:4], classes=("disc", "pentagon"))
-    scores = evaluate(run, data, allow_seen=True)
-    assert scores.per_class["pentagon"]["AP"] == 0
-    assert scores.per_class["disc"]["AP50"] > 0.9
+    with pytest.raises(ClassMismatch, match="unknown here: 'pentagon'"):
+        evaluate(run, data, allow_seen=True)
 
 
 def test_broken_data(run: Run, tiny: Dataset) -> None:
     boxes = tiny.boxes.copy()
     boxes[0] = [5, 5, 5, 9]
+    broken = replace(tiny, boxes=boxes)
     with pytest.raises(InvalidData, match="zero-area"):
-        evaluate(run, replace(tiny, boxes=boxes), allow_seen=True)
+        evaluate(run, broken, allow_seen=True)
+    scores = evaluate(run, broken, allow_seen=True, on_invalid="drop")
+    assert sum(row["boxes"] for row in scores.per_class.values()) == len(boxes) - 1
 
 
 def test_images_without_boxes(run: Run, tiny: Dataset) -> None:

@@ -138,7 +138,7 @@ def test_detkit_on_event(register: Callable[[object], None], tiny: Dataset) -> N
     assert guest.runs == {"mine"}
     assert guest.seen == list(run.events(follow=False))
     assert {event.kind for event in guest.seen} == {"log", "state", "metric", "progress"}
-    assert [e.values["state"] for e in guest.seen if e.kind == "state"] == ["running", "finished"]
+    assert [e.values["state"] for e in guest.seen if e.kind == "state"] == ["starting", "running", "finished"]
 
 
 def test_detkit_on_event_that_fails_never_ends_a_run(register: Callable[[object], None], tiny: Dataset) -> None:

@@ -35,7 +35,7 @@ def test_strings_of_a_place_become_typed(tmp_path: Path) -> None:
 
 def test_a_used_directory_is_refused(tmp_path: Path) -> None:
     Workspace(tmp_path / "run").create(JOB)
-    with pytest.raises(RunExists, match="detkit train --resume"):
+    with pytest.raises(RunExists, match="already holds a run that never started"):
         Workspace(tmp_path / "run").create(JOB)
 
 

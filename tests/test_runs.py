@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -180,7 +181,7 @@ def test_used_directory_is_refused(tiny: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(model="echo/memory", epochs=1, name="mine")
     run = trainer.fit(tiny, tiny, quiet=True)
     before = (run.path / "input/data/job/job.json").read_bytes()
-    with pytest.raises(RunExists, match=r"runs/mine already holds a run \(finished\).*--resume"):
+    with pytest.raises(RunExists, match=r"runs/mine already holds a finished run; choose another name"):
         trainer.fit(tiny, tiny, epochs=2, quiet=True)
     assert (run.path / "input/data/job/job.json").read_bytes() == before
     (tmp_path / "runs/other").mkdir()
@@ -202,7 +203,8 @@ def test_detached_run_survives_its_controller(control: Callable[..., subprocess.
     out, _ = controller.communicate(timeout=30)
     run = open_run(out.strip())
     assert run.status == "running"
-    assert [event.values["state"] for event in run.events() if event.kind == "state"] == ["running", "finished"]
+    states = [event.values["state"] for event in run.events() if event.kind == "state"]
+    assert states == ["starting", "running", "finished"]
     assert run.wait().metrics["val/AP50"] > 0
 
 
@@ -256,23 +258,23 @@ def test_events_wait_for_the_end_of_a_line(tmp_path: Path) -> None:
         """file.write(b'g","values":{"message":"b"}}\\n{"t":3')"""
     )
     command = [sys.executable, "-c", script, str(workspace.metrics_file)]
-    run = LocalRun.start(workspace, command, backend="echo", model="memory", leash=False)
+    run = LocalRun.start(workspace, command, leash=False, restart=None)
     got: list[Event] = []
     reader = threading.Thread(target=lambda: got.extend(run.events()))
     until(lambda: workspace.metrics_file.exists() and b'"lo' in workspace.metrics_file.read_bytes())
     reader.start()
     time.sleep(0.2)
-    assert [event.values["message"] for event in run.events(follow=False)] == ["a"]
+    assert [event.values["message"] for event in run.events(follow=False) if event.kind == "log"] == ["a"]
     Path("go").touch()
     reader.join(timeout=20)
-    assert [event.values["message"] for event in got] == ["a", "b"]
+    assert [event.values["message"] for event in got if event.kind == "log"] == ["a", "b"]
     with pytest.raises(WorkerDied, match="exit code 0 and left no reason"):
         run.wait()
 
 
 def test_cut_line_does_not_swallow_the_next_event(tiny: Dataset) -> None:
     run = Trainer(model="echo/memory", epochs=2, seconds_per_step=0.05).start(tiny, tiny, leash=True)
-    next(event for event in run.events() if event.kind == "state")
+    next(event for event in run.events() if event.values.get("state") == "running")
     run.stop()
     with run.workspace.metrics_file.open("ab") as file:
         file.write(b'{"t":3')
@@ -301,7 +303,7 @@ def test_stop_by_force(tmp_path: Path) -> None:
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", deaf]
-    run = LocalRun.start(workspace, command, backend="echo", model="memory", leash=False)
+    run = LocalRun.start(workspace, command, leash=False, restart=None)
     until(lambda: "deaf" in run.log_tail())
     run.stop(timeout_s=0.2)
     assert run.status == "stopped"
@@ -351,7 +353,6 @@ def test_another_interpreter(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("DETKIT_PYTHON_ECHO", python)
     run = Trainer(model="echo/memory", epochs=1).fit(tiny, tiny, quiet=True)
     assert isinstance(run, LocalRun)
-    assert run.record.command[0] == python
     with Predictor(run) as predictor:
         assert isinstance(predictor(tiny.paths[0]), Detections)
     assert (tmp_path / "starts.txt").read_text() == "started\n" * 2
@@ -415,3 +416,48 @@ def test_image_ids_in_folders_are_kept(tiny: Dataset) -> None:
     assert stored is not None
     assert stored.image_ids == ids
     assert all(Path(path).is_file() for path in stored.paths)
+
+
+def test_copied_and_moved_runs_resume_where_they_are(tiny: Dataset, tmp_path: Path) -> None:
+    run = Trainer(model="echo/memory", epochs=2, seconds_per_step=0.02, name="a").start(tiny, tiny, leash=True)
+    next(event for event in run.events() if event.kind == "metric")
+    run.stop()
+    shutil.copytree(tmp_path / "runs/a", tmp_path / "runs/b")
+    open_run("b").resume(leash=True).wait()
+    assert (open_run("a").status, open_run("b").status) == ("stopped", "finished")
+    (tmp_path / "runs/a").rename(tmp_path / "runs/c")
+    assert open_run("c").resume(leash=True).wait().status == "finished"
+
+
+def test_resumed_worker_that_dies_at_once(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the worker before it said last is not taken for its own word."""
+    run = Trainer(model="echo/memory", epochs=1000, seconds_per_step=0.02, name="a").start(tiny, tiny, leash=True)
+    run.stop()
+    dead = tmp_path / "dead"
+    dead.write_text("#!/bin/sh\nexit 7\n")
+    dead.chmod(0o755)
+    monkeypatch.setenv("DETKIT_PYTHON_ECHO", str(dead))
+    with pytest.raises(WorkerDied, match="exit code 7"):
+        open_run("a").resume(leash=True).wait()
+
+
+def test_two_resumes_at_once(tiny: Dataset) -> None:
+    run = Trainer(model="echo/memory", epochs=1000, seconds_per_step=0.02, name="a").start(tiny, tiny, leash=True)
+    run.stop()
+    resumed: list[Run] = []
+    refused: list[UsageError] = []
+
+    def resume() -> None:
+        try:
+            resumed.append(open_run("a").resume(leash=True))
+        except UsageError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=resume) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(resumed), len(refused)) == (1, 1)
+    assert "is running" in str(refused[0])
+    resumed[0].stop()

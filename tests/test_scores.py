@@ -264,6 +264,26 @@ def test_refuses_what_does_not_fit() -> None:
         score(data, detections, max_detections=0)
 
 
+def test_a_detection_without_width_in_a_crowd() -> None:
+    sample = Sample(
+        path="a.jpg",
+        width=640,
+        height=640,
+        boxes=np.array([[0.0, 0, 100, 100], [200, 200, 300, 300]]),
+        names=("bolt", "bolt"),
+        crowd=np.array([True, False]),
+    )
+    data = Dataset.from_samples(NAMES, [sample])
+    found = score(data, [detected([[50, 50, 50, 60], [200, 200, 300, 300]], [0, 0], [0.9, 0.8])])
+    assert found.best_f1 == pytest.approx(2 / 3)  # the first one is wrong
+
+
+def test_a_negative_area_is_not_the_mark_of_difficult_objects() -> None:
+    data, detections = make(3, num_images=6, max_objects=8, max_found=20, levels=100, flags=0.0)
+    negative = replace(data, area=np.full(len(data.boxes), -1.0))
+    assert score(negative, detections)["AP"] == score(data, detections)["AP"] > 0
+
+
 def test_what_users_read() -> None:
     data, detections = make(3, num_images=6, max_objects=8, max_found=20, levels=100)
     found = score(data, detections)

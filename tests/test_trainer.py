@@ -290,3 +290,32 @@ def test_scores_of_the_end_are_those_of_evaluate(tiny: Dataset) -> None:
     scores = evaluate(run, tiny[6:], allow_seen=True)
     assert scores["AP"] == pytest.approx(run.metrics["val/AP"])
     assert scores["AP50"] == pytest.approx(run.metrics["val/AP50"])
+
+
+def test_data_given_beside_splits(tiny: Dataset, tmp_path: Path) -> None:
+    """Another test set takes the place of the data's own; the other splits stay what they are."""
+    more = tiny_dataset(tmp_path / "more", num_images=3, seed=5)
+    split = replace(
+        tiny, split_indices={"train": np.array([0, 1, 2, 3]), "val": np.array([4, 5]), "test": np.array([6])}
+    )
+    run = QUICK.fit(split, test=more, quiet=True)
+    assert [len(channel(run, name)) for name in ("train", "validation", "test")] == [4, 2, 3]
+
+
+def test_copies_are_not_held_out(tiny: Dataset, tmp_path: Path) -> None:
+    """An image that is there under several names is trained on or held out, not both."""
+    twice = [replace(sample, image_id=f"{n}-{sample.image_id}") for n in range(6) for sample in tiny]
+    run = QUICK.fit(Dataset.from_samples(tiny.classes, twice), quiet=True)
+    seen = {name: set(run.workspace.image_digests(name)) for name in ("train", "validation", "test")}
+    assert not seen["train"] & (seen["validation"] | seen["test"])
+    assert "copies of others" in messages(run)
+
+
+def test_what_the_parent_has_seen_is_told(tiny: Dataset, tmp_path: Path) -> None:
+    """Also where the weights are named by the file of a finished model."""
+    parent = QUICK.fit(tiny[:4], tiny[4:6], name="parent", quiet=True)
+    fresh = tiny_dataset(tmp_path / "more", num_images=5, seed=5)
+    for weights in (parent, parent.path / "model/memory.npz"):
+        child = QUICK.fit(fresh, tiny[2:6], weights=weights, quiet=True)
+        assert "4 images of validation are also in what" in messages(child)
+        assert set(parent.workspace.image_digests("train")) <= set(child.model.seen()["train"])

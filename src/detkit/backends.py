@@ -59,7 +59,8 @@ class LocalOptions(Options, frozen=True, kw_only=True):
     ] = "auto"
     python: Annotated[str | None, Meta(description="the interpreter that runs the engine; this one where none")] = None
     num_workers: Annotated[
-        int | Literal["auto"], Meta(description="threads that decode images ahead of the training step")
+        Annotated[int, Meta(ge=0)] | Literal["auto"],
+        Meta(description="threads that decode images ahead of the training step"),
     ] = "auto"
 
 
@@ -135,7 +136,7 @@ class Backend(ABC):
     def open(self, model: Model, options: PredictOptions, *, isolate: bool = False) -> Detector:
         """Open a finished model, in this process or, with ``isolate``, in a worker of its own."""
 
-    def require(self, options: Options) -> None:  # noqa: B027 - most places need nothing of this machine
+    def require(self, model: str, params: Params, options: Options) -> None:  # noqa: B027 - most places need nothing of this machine
         """Raise before any data is read when what the engine needs is not here. Nothing to check by default."""
 
     def suggest(self) -> Suggestion | None:
@@ -177,21 +178,39 @@ class LocalBackend(Backend):
     """Cases of `detkit.testing.BackendTests` that fail, with the reason; one that passes after all is an error."""
     suggestion: Callable[[], Suggestion | None] | None = None
     translation: Callable[[str, Params], Mapping[str, str]] | None = None
+    requirement: Callable[[str, Params], None] | None = None
+    """Raises when something that a model and its parameters need is not here, e.g. its weights."""
     api: int = API
+    """The version of this contract that the plugin was written for."""
 
-    def require(self, options: Options) -> None:
+    def __post_init__(self) -> None:
+        if self.api != API:
+            raise PluginError(
+                f"backend {self.name!r} was written for version {self.api} of detkit.backends, this one is {API}; "
+                "install matching versions of both"
+            )
+
+    def require(self, model: str, params: Params, options: Options) -> None:
         self.interpreter(getattr(options, "python", None))
+        if self.requirement is not None:
+            self.requirement(model, params)
 
     def start(self, job: Job, workspace: Workspace, *, leash: bool) -> LocalRun:
         python = self.interpreter(job.options.get("python"))
         command = [python, "-m", "detkit.worker", str(workspace.path)]
-        return LocalRun.start(workspace, command, backend=self.name, model=job.model, leash=leash)
+        return LocalRun.start(workspace, command, leash=leash, restart=self._restart(workspace))
 
     def attach(self, workspace: Workspace) -> LocalRun:
-        return LocalRun(workspace)
+        return LocalRun(workspace, self._restart(workspace))
+
+    def _restart(self, workspace: Workspace) -> Callable[[bool], LocalRun] | None:
+        if self.resume is None:
+            return None
+        return lambda leash: self.start(workspace.job(), workspace, leash=leash)
 
     def open(self, model: Model, options: PredictOptions, *, isolate: bool = False) -> Detector:
-        python = self.interpreter(None)
+        trained_by = model.manifest.options.get("python")
+        python = self.interpreter(trained_by if trained_by and shutil.which(trained_by) else None)
         if isolate or python != sys.executable:
             return WorkerDetector(python, model, options)
         return load_engine(model.manifest.engine).load(model, options)

@@ -38,7 +38,8 @@ def open_run(name: str | Path) -> Run:
     """
     if str(name) in {"last", "best"}:
         return _last() if str(name) == "last" else _best()
-    for path in (Path(name), runs_folder() / str(name)):
+    is_path = isinstance(name, Path) or os.sep in name
+    for path in (Path(name),) if is_path else (Path(name), runs_folder() / name):
         if (path / "run.json").is_file():
             return _attach(path)
     if Path(name).is_dir():

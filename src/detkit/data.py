@@ -360,7 +360,7 @@ def _largest_remainders(fractions: NDArray[np.float64], total: int) -> Indices:
     while whole.sum() < total:
         whole[np.argmax(exact - whole)] += 1
     while whole.sum() > total:
-        whole[np.argmax(whole - exact)] -= 1
+        whole[np.argmax(np.where(whole > 1, whole - exact, -np.inf))] -= 1
     return whole
 
 

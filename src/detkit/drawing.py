@@ -23,7 +23,7 @@ from detkit import images
 from detkit.boxes import iou
 from detkit.data import Dataset, Detections, Sample
 from detkit.errors import InvalidValue, UsageError
-from detkit.job import atomic_write
+from detkit.files import atomic_write
 
 Picture: TypeAlias = PillowImage.Image
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -207,7 +207,7 @@ def write_picture(picture: Picture, path: str | Path) -> None:
     """Write a picture in the format of the file's ending, beside and renamed. Raises `detkit.errors.StorageError`."""
     target = Path(path)
     known = PillowImage.registered_extensions()
-    if target.suffix.lower() not in known:
+    if known.get(target.suffix.lower()) not in PillowImage.SAVE:  # some can only be read
         raise InvalidValue("path", str(path), "a file name that ends in .png, .jpg or .webp")
     kind = known[target.suffix.lower()]
     with atomic_write(target) as file:

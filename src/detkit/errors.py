@@ -86,11 +86,13 @@ class MissingSettings(UsageError):
 class RunExists(UsageError):
     """A run directory is never overwritten."""
 
-    def __init__(self, path: object, status: str) -> None:
-        super().__init__(
-            f"{path} already holds a run ({status}); choose another name, "
-            f"continue it with `detkit train --resume {path}`, or remove it with `detkit runs rm {path}`"
-        )
+    def __init__(self, path: object, holds: str) -> None:
+        ways = ["choose another name"]
+        if holds == "an unfinished run":
+            ways.append(f"continue it with `detkit train --resume {path}`")
+        if holds != "other files":
+            ways.append(f"remove it with `detkit runs rm {path}`")
+        super().__init__(f"{path} already holds {holds}; {', or '.join(ways)}")
 
 
 class SeenImages(UsageError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from detkit import plugins
 from detkit.data import Dataset, Detections
@@ -24,6 +25,7 @@ def evaluate(
     data: Dataset | str | Path | None = None,
     *,
     allow_seen: bool = False,
+    on_invalid: Literal["raise", "drop"] = "raise",
     max_detections: int | None = None,
     device: str = "auto",
     batch_size: int = 8,
@@ -32,17 +34,18 @@ def evaluate(
     """Score a model on a data set; without one, on the test images that its run kept aside.
 
     Images are compared by the sha256 of their files with those that the model was trained or validated on; an overlap
-    raises `SeenImages`, or marks the scores with ``allow_seen=True``. ``max_detections`` is the model's own where None.
-    Metrics of plugins come under their own names.
+    raises `SeenImages`, or marks the scores with ``allow_seen=True``. Boxes of a class that the model does not know
+    raise `ClassMismatch`; faulty boxes raise `InvalidData`, or are left out with ``on_invalid="drop"``.
+    ``max_detections`` is the model's own where None. Metrics of plugins come under their own names.
     """
     found = find_model(model)
     if data is None:
         data, digests = _kept_test_images(found)
     else:
         loaded = read_dataset(data) if isinstance(data, (str, Path)) else data
-        prepared = prepare(loaded, on_invalid="raise")
+        prepared = prepare(loaded, on_invalid=on_invalid)
         data, digests = prepared.data, prepared.image_digests
-    data = data.with_classes([*found.classes, *(n for n in data.classes if n not in found.classes)])
+    data = data.with_classes(found.classes, f"the data, for {found.name}")
     seen_in = _overlap(found, data, digests, allow_seen)
     limit = max_detections or found.manifest.max_detections
     with Predictor(

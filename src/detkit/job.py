@@ -34,24 +34,6 @@ from detkit.data import Dataset
 from detkit.errors import RunExists, Stopped, StorageError, UsageError
 from detkit.files import atomic_write, file_sha256, inside, place, write_json
 
-__all__ = [
-    "CHANNELS",
-    "SCHEMA",
-    "Artifact",
-    "Event",
-    "Job",
-    "Manifest",
-    "Model",
-    "Trained",
-    "WeightsOrigin",
-    "Workspace",
-    "atomic_write",
-    "file_sha256",
-    "inside",
-    "place",
-    "write_json",
-]
-
 SCHEMA = 1
 """Version of every JSON file detkit writes; readers refuse a newer one."""
 
@@ -248,17 +230,24 @@ class Workspace:
     def create(self, job: Job) -> None:
         """Lay out an empty run. Raises `RunExists` where the directory holds anything, and `StorageError`."""
         if self.path.is_dir() and any(self.path.iterdir()):
-            raise RunExists(self.path, "finished" if (self.model / "detkit.json").exists() else "unfinished")
+            raise RunExists(self.path, self._holds())
         try:
             self.job_file.parent.mkdir(parents=True)
             for folder in (self.checkpoints, self.model, self.metrics_file.parent):
                 folder.mkdir(parents=True)
             write_json(self.job_file, job)
         except FileExistsError:  # somebody else laid out a run here just now
-            raise RunExists(self.path, "unfinished") from None
+            raise RunExists(self.path, self._holds()) from None
         except (OSError, StorageError) as error:
             shutil.rmtree(self.path, ignore_errors=True)
             raise error if isinstance(error, StorageError) else StorageError(self.path, error) from error
+
+    def _holds(self) -> Literal["a finished run", "an unfinished run", "a run that never started", "other files"]:
+        if (self.model / "detkit.json").is_file():
+            return "a finished run"
+        if self.run_file.is_file():
+            return "an unfinished run"
+        return "a run that never started" if self.job_file.is_file() else "other files"
 
     def job(self) -> Job:
         """Read the job, overlaid with the strings of ``input/config/hyperparameters.json`` where a place wrote them."""
@@ -288,7 +277,7 @@ class Workspace:
         with atomic_write(root / "columns.npz") as file:
             data.save_columns(file)
         write_json(root / "annotations.json", to_coco(data))
-        write_json(root / "digests.json", {"dataset": data.digest(), "images": list(image_digests)})
+        write_json(root / "digests.json", {"images": list(image_digests)})
 
     def dataset(self, channel: str) -> Dataset | None:
         """Return a channel's data, or None where the run has none."""
@@ -316,8 +305,11 @@ class Workspace:
         Numbers that are not finite, such as the AP of images without objects, are left out: JSON has none.
         """
         event = Event(t=time.time(), kind=kind, values=_finite(values), step=step, epoch=epoch)
-        with self.metrics_file.open("ab", buffering=0) as file:
-            file.write(msgspec.json.encode(event) + b"\n")
+        try:
+            with self.metrics_file.open("ab", buffering=0) as file:
+                file.write(msgspec.json.encode(event) + b"\n")
+        except OSError as error:
+            raise StorageError(self.metrics_file, error) from error
 
     def raise_if_stopped(self) -> None:
         """Raise `Stopped` when somebody asked for it. Engines call it once a step, where nothing is half written."""
@@ -345,7 +337,7 @@ class Workspace:
             earlier = [digest for digests in Model(self.parent_model).seen().values() for digest in digests]
             seen["train"] = sorted({*seen.get("train", []), *earlier})
         write_json(self.model / "seen.json", seen)
-        files = sorted(p for p in self.model.rglob("*") if p.is_file() and p.name != "detkit.json")
+        files = sorted(p for p in self.model.rglob("*") if p.is_file() and p.name != "detkit.json" and p.name[0] != ".")
         manifest = Manifest(
             backend=job.backend,
             engine=job.engine,

@@ -6,20 +6,22 @@ Everything a `LocalRun` knows it reads from the directory, so any process can at
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import os
 import signal
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import msgspec
 
-from detkit.errors import RunFailed, UsageError, WorkerDied
-from detkit.job import SCHEMA, Event, Job, Model, Workspace, write_json
+from detkit.errors import RunFailed, Unsupported, UsageError, WorkerDied
+from detkit.files import write_json
+from detkit.job import SCHEMA, Event, Job, Model, Workspace
 
 Status: TypeAlias = Literal["running", "finished", "failed", "stopped", "interrupted"]
 """``interrupted`` is a worker that vanished without a word: killed, or the machine went down."""
@@ -33,8 +35,6 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     backend: str
     model: str
-    command: list[str]
-    environment: dict[str, str]
     created: float
     """Seconds since the epoch (POSIX)."""
     pid: int
@@ -145,8 +145,15 @@ class Run(ABC):
 class LocalRun(Run):
     """A run whose worker is a process on this machine."""
 
-    def __init__(self, workspace: Workspace, process: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        restart: Callable[[bool], LocalRun] | None = None,
+        process: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        """``restart(leash)`` starts a worker anew, for `resume`; None where the backend cannot continue a run."""
         super().__init__(workspace)
+        self._restart = restart
         self._process = process
 
     @classmethod
@@ -155,35 +162,33 @@ class LocalRun(Run):
         workspace: Workspace,
         command: Sequence[str],
         *,
-        backend: str,
-        model: str,
         leash: bool,
-        environment: Mapping[str, str] | None = None,
+        restart: Callable[[bool], LocalRun] | None,
     ) -> LocalRun:
         """Start a worker in the run directory. With ``leash`` it ends when this process does."""
         import psutil
 
-        extra = dict(environment or {})
+        job = workspace.job()
+        # What an earlier worker said last must not be taken for the word of this one.
+        workspace.log("state", {"state": "starting"})
         with workspace.log_file.open("ab") as log:
             process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.PIPE if leash else subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **extra, **({"DETKIT_LEASH": "1"} if leash else {})},
+                env={**os.environ, **({"DETKIT_LEASH": "1"} if leash else {})},
                 start_new_session=True,  # Ctrl-C reaches only the controller, which then asks the worker to stop
             )
-        run = cls(workspace, process)
+        run = cls(workspace, restart, process)
         try:
             try:
                 pid_created = psutil.Process(process.pid).create_time()
             except psutil.NoSuchProcess:
                 pid_created = time.time()
             record = RunRecord(
-                backend=backend,
-                model=model,
-                command=list(command),
-                environment=extra,
+                backend=job.backend,
+                model=job.model,
                 created=time.time(),
                 pid=process.pid,
                 pid_created=pid_created,
@@ -219,6 +224,9 @@ class LocalRun(Run):
         status = self.status
         if status == "failed":
             message, _, detail = self.workspace.failure_file.read_text().partition("\n")
+            if not message:
+                reason = f"{self._how_it_ended()}: not even the reason could be written; is the disk full?"
+                raise WorkerDied(reason, self.workspace.log_file, self.log_tail())
             raise RunFailed(message + (f"\n{detail}" if detail else ""), self.log_tail())
         if status == "interrupted":
             raise WorkerDied(self._how_it_ended(), self.workspace.log_file, self.log_tail())
@@ -246,22 +254,20 @@ class LocalRun(Run):
             self.workspace.log("state", {"state": "stopped"})
 
     def resume(self, *, leash: bool = False) -> LocalRun:
-        status = self.status
-        if status in {"running", "finished"}:
-            raise UsageError(f"run {self.path} is {status}; only an interrupted, stopped or failed run can be resumed")
-        if status == "failed":
-            number = 1 + sum(1 for _ in self.workspace.failure_file.parent.glob("failure.*"))
-            self.workspace.failure_file.rename(self.workspace.failure_file.with_name(f"failure.{number}"))
-        self._end_cut_line()
-        record = self.record
-        return LocalRun.start(
-            self.workspace,
-            record.command,
-            backend=record.backend,
-            model=record.model,
-            leash=leash,
-            environment=record.environment,
-        )
+        if self._restart is None:
+            raise Unsupported(f"run {self.path}: its backend {self.record.backend!r} is not here, or cannot resume")
+        with (self.path / "run.json").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two who resume at once, the second finds it running
+            status = self.status
+            if status in {"running", "finished"}:
+                raise UsageError(
+                    f"run {self.path} is {status}; only an interrupted, stopped or failed run can be resumed"
+                )
+            if status == "failed":
+                number = 1 + sum(1 for _ in self.workspace.failure_file.parent.glob("failure.*"))
+                self.workspace.failure_file.rename(self.workspace.failure_file.with_name(f"failure.{number}"))
+            self._end_cut_line()
+            return self._restart(leash)
 
     def log_tail(self) -> str:
         """Return the last lines that the worker printed."""

@@ -215,7 +215,7 @@ def _accumulate(data: Dataset, found: _Found, limits: list[int]) -> tuple[Floats
         _image_of_each_box(data) + 1,
         data.labels + 1,
         xyxy_to_xywh(data.boxes),
-        area=np.where(data.difficult & ~data.crowd, _IGNORED_AREA, data.area),
+        area=np.where(data.difficult & ~data.crowd, _IGNORED_AREA, np.maximum(data.area, 0)),
         iscrowd=data.crowd,
     )
     rows = np.column_stack([found.images + 1.0, xyxy_to_xywh(found.boxes), found.scores, found.labels + 1.0])
@@ -333,7 +333,7 @@ def _overlapping(data: Dataset, boxes: Boxes, detection: Indices, target: Indice
     intersection = sides[:, 0] * sides[:, 1]
     own = (a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])
     union = np.where(data.crowd[target], own, own + (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) - intersection)
-    enough = intersection >= _MATCH_IOU * union
+    enough = (intersection > 0) & (intersection >= _MATCH_IOU * union)
     return detection[enough], target[enough], intersection[enough] / union[enough]
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ from detkit import catalog, plugins
 from detkit.backends import Backend, LocalBackend, ModelSpec
 from detkit.data import Dataset
 from detkit.errors import InvalidData, MissingSettings, UnknownName, Unsupported, UsageError, did_you_mean
+from detkit.files import place
 from detkit.formats.findings import Finding, Prepared, prepare, raise_errors
 from detkit.io import read_dataset
-from detkit.job import Job, Model, Workspace, place
+from detkit.job import Job, Model, Workspace
 from detkit.live import follow
 from detkit.params import INSTEAD, Options, Params, describe, set_fields
 from detkit.predictor import find_model
@@ -130,14 +131,17 @@ class Trainer:
         resolved = _resolve(layers)
         if layers.get("train") is None:
             raise MissingSettings([("train", "the folder of your images and annotations")])
-        resolved.backend.require(resolved.options)
+        resolved.backend.require(resolved.model, resolved.params, resolved.options)
+        params, parent = _with_parent(resolved.params, resolved)
         seed = int(getattr(resolved.params, "seed", 0))
         on_invalid = _one_of("on_invalid", layers.get("on_invalid"), ("raise", "drop"), "raise")
-        channels, told = _channels(layers, seed)
+        channels, told, held_out = _channels(layers, seed)
         classes = channels["train"].classes
         prepared = _prepare_all(
             {name: data.with_classes(classes, f"{name} data") for name, data in channels.items()}, on_invalid
         )
+        if held_out:
+            told += _without_copies(prepared)
         for channel, ready in prepared.items():
             told += [str(finding) for finding in ready.warnings[:5]]
             if len(ready.warnings) > 5:
@@ -145,8 +149,8 @@ class Trainer:
             told += [f"{channel}: left out {n} boxes: {code}" for code, n in ready.dropped.items()]
         if not len(prepared["train"].data.boxes):
             raise UsageError("the training images have no boxes; there is nothing to learn")
-        told += _leaks(prepared)
-        params, parent = _with_parent(_with_auto_detections(resolved.params, prepared["train"].data), resolved)
+        told += _leaks(prepared, parent)
+        params = _with_auto_detections(params, prepared["train"].data)
         chosen_name = layers.get("name")
         workspace = Workspace(catalog.new_run_path(resolved.model, chosen_name.value if chosen_name else None))
         dropped: dict[str, int] = {}
@@ -268,7 +272,8 @@ def _choose(model: Setting | None, backend: Setting | None) -> tuple[str, Backen
     raise UnknownName("model", wanted, every, did_you_mean(wanted, bare).strip())
 
 
-def _channels(layers: Settings, seed: int) -> tuple[dict[str, Dataset], list[str]]:
+def _channels(layers: Settings, seed: int) -> tuple[dict[str, Dataset], list[str], bool]:
+    """Return the data of each channel, what to tell about it, and whether we chose what to hold out."""
     given = {name: layers.get(name) for name in ("train", "val", "test")}
     loaded = {
         name: setting.value if isinstance(setting.value, Dataset) else read_dataset(setting.value)
@@ -276,11 +281,14 @@ def _channels(layers: Settings, seed: int) -> tuple[dict[str, Dataset], list[str
         if setting is not None
     }
     train = loaded["train"]
-    if len(loaded) > 1:
-        names = {"train": "train", "val": "validation", "test": "test"}
-        return {names[name]: data for name, data in loaded.items()}, []
+    names = {"train": "train", "val": "validation", "test": "test"}
+    given_channels = {names[name]: data for name, data in loaded.items() if name != "train"}
     if train.split_indices:
-        return _own_splits(train, seed)
+        return *_own_splits(train, seed, given_channels), False
+    if given_channels:
+        blind = "validation" not in given_channels
+        told = ["no validation images: the last weights are kept, and no score threshold is chosen"] if blind else []
+        return {"train": train, **given_channels}, told, False
     if len(train) < _MIN_IMAGES_TO_SPLIT:
         raise UsageError(
             f"{len(train)} image(s) are too few to hold any out; give validation images yourself (val=, in the "
@@ -289,10 +297,11 @@ def _channels(layers: Settings, seed: int) -> tuple[dict[str, Dataset], list[str
     parts = train.split(1 - TEST_SHARE - VALIDATION_SHARE, VALIDATION_SHARE, TEST_SHARE, seed=seed)
     channels = dict(zip(("train", "validation", "test"), parts, strict=True))
     counts = ", ".join(f"{len(data)} {name}" for name, data in channels.items())
-    return channels, [f"no splits in the data: {counts} images, stratified by class, seed {seed}"]
+    return channels, [f"no splits in the data: {counts} images, stratified by class, seed {seed}"], True
 
 
-def _own_splits(data: Dataset, seed: int) -> tuple[dict[str, Dataset], list[str]]:
+def _own_splits(data: Dataset, seed: int, given: Mapping[str, Dataset]) -> tuple[dict[str, Dataset], list[str]]:
+    """Use the splits the data came with; channels that were given as data of their own take their place."""
     aliases = {"train": ("train", "trainval"), "validation": ("val", "valid", "validation"), "test": ("test",)}
     chosen = {c: next((n for n in names if n in data.splits), None) for c, names in aliases.items()}
     if chosen["train"] is None:
@@ -300,7 +309,9 @@ def _own_splits(data: Dataset, seed: int) -> tuple[dict[str, Dataset], list[str]
             f"the data has the splits {', '.join(data.splits)} and none is called train; name one, "
             "e.g. DATA:trainval or data.splits['trainval']"
         )
+    chosen = {channel: name for channel, name in chosen.items() if channel not in given}
     channels = {channel: data.splits[name] for channel, name in chosen.items() if name is not None}
+    channels |= given
     told = "the data's own splits: " + ", ".join(f"{n} ({len(channels[c])})" for c, n in chosen.items() if n)
     if "validation" not in channels and len(channels["train"]) >= _MIN_IMAGES_TO_SPLIT:
         channels["train"], channels["validation"] = channels["train"].split(0.8, 0.2, seed=seed)
@@ -325,12 +336,29 @@ def _prepare_all(channels: Mapping[str, Dataset], on_invalid: Literal["raise", "
     return prepared
 
 
-def _leaks(prepared: Mapping[str, Prepared]) -> list[str]:
-    names = list(prepared)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    counts = {
-        pair: int(np.isin(prepared[pair[1]].image_digests, prepared[pair[0]].image_digests).sum()) for pair in pairs
-    }
+def _without_copies(prepared: dict[str, Prepared]) -> list[str]:
+    """Leave out of each part the images that are also in an earlier one, byte for byte; the training part is first."""
+    told: list[str] = []
+    known: set[str] = set()
+    for name, ready in prepared.items():
+        keep = [i for i, digest in enumerate(ready.image_digests) if digest not in known]
+        known |= set(ready.image_digests)
+        if len(keep) < len(ready.image_digests):
+            told.append(f"{name}: left out {len(ready.image_digests) - len(keep)} images that are copies of others")
+            digests = [ready.image_digests[i] for i in keep]
+            prepared[name] = replace(ready, data=ready.data.take(keep), image_digests=digests)
+    return told
+
+
+def _leaks(prepared: Mapping[str, Prepared], parent: Model | None) -> list[str]:
+    """Tell which images of a channel are also in an earlier one, or seen by the model that training starts from."""
+    digests = {name: ready.image_digests for name, ready in prepared.items()}
+    pairs = [(a, b) for i, a in enumerate(digests) for b in list(digests)[i + 1 :]]
+    counts = {(a, b): int(np.isin(digests[b], digests[a]).sum()) for a, b in pairs}
+    if parent is not None:
+        seen = [digest for channel in parent.seen().values() for digest in channel]
+        held_out = [name for name in digests if name != "train"]
+        counts |= {(f"what {parent.path} has seen", name): int(np.isin(digests[name], seen).sum()) for name in held_out}
     warning = "warning: {} images of {} are also in {}; its scores will be too good"
     return [warning.format(count, b, a) for (a, b), count in counts.items() if count]
 
@@ -347,16 +375,18 @@ def _with_parent(params: Params, resolved: _Resolved) -> tuple[Params, Model | N
     if weights is None or weights in resolved.spec.weights:
         return params, None
     path = Path(weights)
-    if path.is_file():
+    if path.is_file() and (path.parent / "detkit.json").is_file():
+        weights = path.parent  # a finished model's own file: class names and seen images come with it
+    elif path.is_file():
         return msgspec.structs.replace(params, weights=str(path.absolute())), None
     try:
         parent = find_model(weights)
     except UnknownName:
         known = [*resolved.spec.weights, "none", "the path of a file", "a run"]
-        raise UnknownName(f"weights for {resolved.backend.name}/{resolved.model}", weights, known) from None
+        raise UnknownName(f"weights for {resolved.backend.name}/{resolved.model}", str(weights), known) from None
     if parent.manifest.backend != resolved.backend.name or parent.manifest.model != resolved.model:
         raise UsageError(
-            f"weights={weights!r} is a {parent.name}; training a {resolved.backend.name}/{resolved.model} "
+            f"weights={str(weights)!r} is a {parent.name}; training a {resolved.backend.name}/{resolved.model} "
             "can only start from one of its own kind"
         )
     if isinstance(resolved.backend, LocalBackend) and not resolved.backend.incremental:

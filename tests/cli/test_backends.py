@@ -74,7 +74,7 @@ def test_doctor_asks_other_interpreters(cli: Any, tmp_path: Path) -> None:
     assert any("cannot import detkit" in problem for problem in done.json["problems"])
 
 
-def test_new_backend_passes_the_suite(cli: Any, tmp_path: Path) -> None:
+def test_new_backend_passes_the_suite(cli: Any, data: Path, tmp_path: Path) -> None:
     made = cli("backends", "new", "my-net", "--json", cwd=tmp_path)
     assert made.code == 0, made.err
     assert "src/detkit_my_net/engine.py" in made.json["files"]
@@ -85,6 +85,8 @@ def test_new_backend_passes_the_suite(cli: Any, tmp_path: Path) -> None:
     done = cli("backends", "verify", "my-net", "--seconds-per-step", "0.02", cwd=tmp_path, PYTHONPATH=path)
     assert done.code == 0, done.out + done.err
     assert " passed" in done.out
+    trained = cli("train", data, data, "--model", "my-net/grid", "--json", "epochs=2", cwd=tmp_path, PYTHONPATH=path)
+    assert trained.json["score_threshold"] is not None
     failed = cli("backends", "verify", "my-net", "--json", "cells=nonsense", cwd=tmp_path, PYTHONPATH=path)
     assert (failed.code, failed.json) == (1, {"backend": "my-net", "passed": False})
 

@@ -46,11 +46,16 @@ def test_a_number_that_cannot_be_measured_fails(cli: Any, trained: Path) -> None
     assert cli("evaluate", "last", "--fail-under", "APl=0", cwd=trained).code == 1
 
 
+def test_recall_at_the_limit(cli: Any, trained: Path) -> None:
+    assert cli("evaluate", "last", "--fail-under", "AR7=0", "--max-detections", "7", cwd=trained).code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--fail-under", "AP"], "for example AP=0.3"),
         (["--fail-under", "mAP=0.3"], "did you mean 'AP'"),
+        (["--fail-under", "AR100=0.3", "--max-detections", "7"], "did you mean 'AR10'"),
         (["--format", "coco"], "name the data set, too"),
     ],
 )

@@ -49,6 +49,16 @@ def test_remove_what_never_started(cli: Any, trained: Path, tmp_path: Path) -> N
     assert not (tmp_path / "runs/half").exists()
 
 
+def test_a_path_is_only_a_path(cli: Any, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs/first/input", tmp_path / "runs/mix/input")
+    shutil.copytree(trained / "runs/first", tmp_path / "runs/first")
+    for name in ("./mix", "./first"):
+        assert cli("runs", "rm", name, "--yes", cwd=tmp_path).code == 2
+    assert (tmp_path / "runs/mix").is_dir() and (tmp_path / "runs/first").is_dir()
+    assert cli("runs", "rm", "./runs/mix", "runs/first", "--yes", cwd=tmp_path).code == 0
+    assert not any((tmp_path / "runs").iterdir())
+
+
 def test_only_runs_are_removed(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     done = cli("runs", "rm", "precious", "--yes", cwd=tmp_path)

@@ -114,7 +114,7 @@ def test_detached_run_goes_on_and_can_be_stopped(cli: Any, data: Path, tmp_path:
     stopped = cli("runs", "stop", "last", "--json", cwd=tmp_path).json
     assert stopped["status"] == "stopped"
     attached = cli("runs", "attach", "last", "--quiet", cwd=tmp_path)
-    assert "detkit train --resume" in attached.out
+    assert (attached.code, "detkit train --resume" in attached.out) == (130, True)
 
 
 def test_ctrl_c_leaves_an_attached_run_alone(cli: Any, data: Path, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_images_elsewhere(tmp_path: Path) -> None:
     put(tmp_path, document(), images="far/away")
     data = read_dataset(tmp_path, images="far/away")
     assert all(Path(file).is_file() for file in data.paths)
-    with pytest.raises(InvalidData, match=r"images='nowhere': there is no folder"):
+    with pytest.raises(InvalidData, match=r"images='nowhere'\): there is no folder"):
         read_dataset(tmp_path, images="nowhere")
 
 
@@ -302,6 +302,79 @@ def test_one_image_annotated_in_two_ways(tmp_path: Path) -> None:
     put(tmp_path, changed, "annotations/val.json")
     with pytest.raises(InvalidData, match=r"val\.json: a\.jpg: its annotations differ from those in .*train\.json"):
         read_dataset(tmp_path)
+
+
+def test_years_are_kept_where_they_tell_files_apart(tmp_path: Path) -> None:
+    for year in ("2014", "2017"):
+        put(tmp_path, document(), f"annotations/instances_train{year}.json", f"train{year}")
+    data = read_dataset(tmp_path)
+    assert {name: part.image_ids for name, part in data.splits.items()} == {
+        f"instances_train{year}": (f"train{year}/a.jpg", f"train{year}/b.jpg") for year in ("2014", "2017")
+    }
+    assert all(Path(path).is_file() for path in data.paths)
+
+
+def test_names_of_splits_come_back(tmp_path: Path) -> None:
+    data = tiny_dataset(tmp_path / "pictures")
+    splits = {"train2014": np.array([0, 1]), "train2017": np.array([2, 3])}
+    back = read_dataset(write_dataset(replace(data, split_indices=splits), tmp_path / "out", "coco"))
+    assert {name: len(part) for name, part in back.splits.items()} == {"train2014": 2, "train2017": 2}
+    for name, message in {
+        "a/b": "cannot be called 'a/b'",
+        "instances_x": "read back as 'x'",
+        "unsplit": "cannot be called",
+    }.items():
+        with pytest.raises(InvalidData, match=message):
+            write_dataset(replace(data, split_indices={name: np.array([0])}), tmp_path / "none", "coco")
+
+
+def test_every_detection_file_is_read(tmp_path: Path) -> None:
+    put(tmp_path, document(), "annotations/instances_train2017.json", "train2017")
+    put(tmp_path, document(), "annotations/val.json", "val")
+    for other in ("captions_train2017", "person_keypoints_train2017", "image_info_test2017"):
+        put(tmp_path, document(), f"annotations/{other}.json")
+    data = read_dataset(tmp_path)
+    assert {name: len(part) for name, part in data.splits.items()} == {"train": 2, "val": 2}
+
+
+def test_files_in_two_places_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, document())
+    put(tmp_path, document(), "train/_annotations.coco.json", "train")
+    with pytest.raises(InvalidData, match=r"2 places.*: annotations\.json; train/_annotations\.coco\.json\. name"):
+        read_dataset(tmp_path)
+    assert len(read_dataset(tmp_path / "train")) == len(read_dataset(tmp_path / "annotations.json")) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"iscrowd": "0"}, "bad-flag"),
+        ({"difficult": [0]}, "bad-flag"),
+        ({"area": "99"}, "bad-area"),
+        ({"area": float("nan")}, "bad-area"),
+        ({"area": 10**400, "more": 1}, "bad-area"),
+        ({"area": -1}, "bad-area"),
+        ({"area": -1, "more": 1}, "bad-area"),
+        ({"iscrowd": True, "difficult": None, "area": None}, ""),
+    ],
+)
+def test_flags_and_areas_are_numbers(tmp_path: Path, change: Document, code: str) -> None:
+    content = document()
+    content["annotations"][1] |= change
+    put(tmp_path, content)
+    if not code:
+        assert read_dataset(tmp_path).crowd.tolist() == [False, True]
+        return
+    found, text = problems(tmp_path)
+    assert found == {code: 1}
+    assert "annotations[1]" in text
+
+
+@pytest.mark.parametrize(("old", "new"), [("[1, 2, 10, 12]", "[1e400, 2, 10, 12]"), ('"width": 40', '"width": 1e400')])
+def test_a_number_too_large(tmp_path: Path, old: str, new: str) -> None:
+    found, text = problems(put(tmp_path, json.dumps(document()).replace(old, new, 1)))
+    assert found == {"malformed": 1}
+    assert "out of range" in text
 
 
 @given(

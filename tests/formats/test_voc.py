@@ -180,6 +180,50 @@ def test_images_without_xml(tmp_path: Path) -> None:
     assert data.boxes_per_image().tolist() == [1, 0]
 
 
+def move(folder: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)
+
+
+def test_no_folder_of_annotations_is_left_out(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        put(tmp_path / split / "set", split, an_object())
+        move(tmp_path / split / "set/JPEGImages", tmp_path / "all" / split)
+        move(tmp_path / split / "set/Annotations", tmp_path / "all" / f"{split}_annotations")
+    assert codes(tmp_path / "all") == {"unused-folder": 2}
+    with pytest.raises(InvalidData, match=r"val_annotations: 1 XML files are not read: only .*train_annotations is"):
+        read_dataset(tmp_path / "all", "voc", unannotated="ignore")
+
+
+def test_no_folder_of_images_is_left_out(tmp_path: Path) -> None:
+    put(tmp_path, "a", an_object())
+    put(tmp_path, "empty").unlink()
+    move(tmp_path / "JPEGImages/empty.jpg", tmp_path / "images2/neg.jpg")
+    assert codes(tmp_path) == codes(tmp_path, unannotated="negatives") == {"unused-folder": 1}
+    assert read_dataset(tmp_path, unannotated="ignore").image_ids == ("a.jpg",)
+
+
+def test_split_folders_beside_other_xml(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        put(tmp_path / "from", split, an_object())
+        for file in (tmp_path / "from").rglob(f"{split}.*"):
+            move(file, tmp_path / "set" / split / file.name)
+    (tmp_path / "set/meta.xml").write_text("<?xml version='1.0'?><!-- <annotation> --><annotations/>")
+    data = read_dataset(tmp_path / "set")
+    assert {name: len(part) for name, part in data.splits.items()} == {"train": 1, "valid": 1, "test": 1}
+    (tmp_path / "set/test/test.xml").unlink()
+    assert codes(tmp_path / "set") == {"unannotated": 1}
+    assert list(read_dataset(tmp_path / "set", unannotated="negatives").splits) == ["test", "train", "valid"]
+
+
+def test_filename_of_another_image(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        put(tmp_path, name, an_object(), filename="a.jpg")
+    with pytest.warns(DetkitWarning, match=r"2 XML files.*b\.xml names 'a\.jpg' and is taken for b\.jpg; ") as told:
+        assert read_dataset(tmp_path).image_ids == ("a.jpg", "b.jpg", "c.jpg")
+    assert len(told) == 1
+
+
 def test_split_files(tmp_path: Path) -> None:
     for name in ("a", "b", "c 1"):
         put(tmp_path, name, an_object())
@@ -249,6 +293,9 @@ def test_names_that_would_collide(tmp_path: Path) -> None:
 
 
 def test_what_voc_cannot_say(tmp_path: Path) -> None:
+    data = replace(tiny_dataset(tmp_path / "all"), split_indices={"a/b": np.array([0])})
+    with pytest.raises(InvalidData, match="cannot be called 'a/b'"):
+        write_dataset(data, tmp_path / "out", "voc")
     first = tiny_dataset(tmp_path / "pictures")[0]
     for box, message in (([-1.0, 0, 5, 5], "begins at -1"), ([0, 0, np.nan, 5], "not finite")):
         data = Dataset.from_samples(("disc",), [replace(first, boxes=np.array([box]), names=("disc",))])

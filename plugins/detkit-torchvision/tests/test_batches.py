@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from detkit.data import Dataset, Sample
-from detkit_torchvision.batches import Batch, Inputs, augment, batches, epoch_order, num_batches
+from detkit_torchvision.batches import Batch, Inputs, augment, batches, cache_budget, epoch_order, num_batches
 
 EVERYTHING = ("zoom", "hflip", "vflip", "color")
 
 
 def collect(data: Dataset, first: int, last: int, num_workers: int, seed: int = 3) -> list[Batch]:
-    inputs = Inputs(data, "fcos_tiny", 64)
+    inputs = Inputs(data, "fcos_tiny", 64, cache_budget())
     return list(
         batches(
             inputs,
@@ -84,7 +84,7 @@ def test_crowd_regions_are_no_targets(tiny: Dataset) -> None:
             )
         ],
     )
-    boxes, labels = Inputs(crowd, "fcos_tiny", 64).target(0, 0)
+    boxes, labels = Inputs(crowd, "fcos_tiny", 64, 0).target(0, 0)
     assert len(first.names) > 0
     assert boxes.shape == (0, 4)
     assert len(labels) == 0

@@ -11,7 +11,7 @@ from torchvision.models import detection
 
 import detkit
 from detkit.data import Dataset
-from detkit.errors import InvalidValue, RunFailed, UnknownName, UsageError
+from detkit.errors import InvalidValue, RunFailed, UnknownName, UsageError, WeightsMissing
 from detkit_torchvision.models import build, coco_weights
 from detkit_torchvision.params import COCO_FILES, suggest, weights_cache
 from detkit_torchvision.weights import read_state_dict
@@ -47,8 +47,9 @@ def test_coco_weights_from_the_cache(tiny: Dataset, tmp_path: Path) -> None:
 
 
 def test_auto_never_fetches(tiny: Dataset) -> None:
-    with pytest.raises(RunFailed, match=r"weights=coco would fetch them.*put the file at .*weights=none"):
+    with pytest.raises(WeightsMissing, match=r"weights=coco would fetch them.*put the file at .*weights=none"):
         quick(tiny)  # the default of a stock model is weights=auto
+    assert not Path("runs").exists()
 
 
 def test_weights_that_cannot_be_fetched(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

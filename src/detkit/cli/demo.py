@@ -29,7 +29,7 @@ _SHOWN_IMAGES = 12
 
 def demo(
     *,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: 30 s instead of 70 s on two cores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: 30 s instead of a minute on two cores.")] = False,
     folder: Annotated[Path, typer.Option(metavar="DIR", help="Where pictures and runs go.")] = Path("detkit-demo"),
     model: Annotated[str, typer.Option(metavar="MODEL", help="`backend/model` to train.")] = _MODEL,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,

@@ -1,7 +1,6 @@
 """``detkit evaluate``."""
 
 import math
-import re
 import sys
 from collections.abc import Collection, Mapping
 from typing import Annotated
@@ -12,7 +11,7 @@ from detkit.cli import messages
 from detkit.cli.prediction import ModelPlace
 from detkit.cli.runs import Json
 
-_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "ARs", "ARm", "ARl")
 
 
 def evaluate(
@@ -25,6 +24,9 @@ def evaluate(
     allow_seen: Annotated[
         bool, typer.Option("--allow-seen", help="Score images of the training, too, and mark the numbers.")
     ] = False,
+    on_invalid: Annotated[
+        str, typer.Option(metavar="raise|drop", help="Faulty boxes of DATA: refuse them, or leave them out.")
+    ] = "raise",
     max_detections: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Detections of a class in an image that count.")
     ] = None,
@@ -42,24 +44,28 @@ def evaluate(
     from detkit.errors import UsageError
     from detkit.evaluation import evaluate
     from detkit.io import read_dataset
+    from detkit.predictor import find_model
 
-    own = () if plugins.metrics() else _NUMBERS  # a plugin's metric may have numbers of any name
-    thresholds = dict(_threshold(text, own) for text in fail_under or [])
+    limit = max_detections or find_model(model).manifest.max_detections
+    # A plugin's metric may have numbers of any name.
+    known = () if plugins.metrics() else (*_NUMBERS, f"AR{limit}")
+    thresholds = dict(_threshold(text, known) for text in fail_under or [])
     if format is not None and data is None:
         raise UsageError("--format tells how to read DATA; name the data set, too")
     scores = evaluate(
         model,
         read_dataset(data, format=format) if data is not None and format is not None else data,
         allow_seen=allow_seen,
+        on_invalid=on_invalid,  # type: ignore[arg-type]
         max_detections=max_detections,
         device=device,
         progress=sys.stderr.isatty(),
     )
+    if not as_json:
+        print(scores)
     missed = _missed(scores, thresholds)
     if as_json:
         messages.print_json({**scores.to_dict(), "failed": missed})
-    else:
-        print(scores)
     for name, least in missed.items():
         messages.tell(f"failed: {name} {scores[name]:.4f} is under {least:g}")
     if missed:
@@ -76,7 +82,7 @@ def _threshold(text: str, known: Collection[str]) -> tuple[str, float]:
         least = math.nan
     if math.isnan(least):
         raise InvalidValue("fail-under", text, "NAME=NUMBER, for example AP=0.3")
-    if known and name not in known and not re.fullmatch(r"AR\d+", name):
+    if known and name not in known:
         raise UnknownName("score", name, known)
     return name, least
 

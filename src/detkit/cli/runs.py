@@ -1,5 +1,6 @@
 """``detkit runs``: look at runs, follow them, end them, remove them."""
 
+import os
 import shutil
 import sys
 import time
@@ -138,6 +139,8 @@ def attach(
         messages.print_json(describe(found))
     else:
         print_summary(found)
+    if found.status == "stopped":
+        raise typer.Exit(messages.STOPPED)
 
 
 @app.command()
@@ -189,7 +192,7 @@ def _run_folder(name: str) -> Path:
     from detkit.errors import UsageError
     from detkit.job import Workspace
 
-    for path in (Path(name), catalog.runs_folder() / name):
+    for path in (Path(name),) if os.sep in name else (Path(name), catalog.runs_folder() / name):
         if Workspace(path).job_file.is_file() and not (path / "run.json").is_file():
             return path.absolute()
     run = catalog.open_run(name)

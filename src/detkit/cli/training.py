@@ -61,13 +61,14 @@ def train(
     given = sort_words([*(words or []), *context.args], _own_flags(context))
     own = {"model": model, "backend": backend, "name": name, "on_invalid": on_invalid}
     run: Run | None = None
+    since = 0
     try:
         if resume is None:
             run = _start(given, own, test=test, data_format=format, detach=detach)
         else:
-            run = _resume(resume, given, {**own, "test": test, "format": format}, detach=detach)
+            run, since = _resume(resume, given, {**own, "test": test, "format": format}, detach=detach)
         if not detach:
-            watch(run, quiet=quiet)
+            watch(run, quiet=quiet, since=since)
     except KeyboardInterrupt:
         _print_stopped(run, as_json=as_json)
         raise typer.Exit(messages.STOPPED) from None
@@ -106,14 +107,17 @@ def _start(given: Words, own: dict[str, Any], *, test: str | None, data_format: 
     return trainer.start(*data, leash=not detach, **given.settings)
 
 
-def _resume(name: str, given: Words, own: dict[str, Any], *, detach: bool) -> "Run":
+def _resume(name: str, given: Words, own: dict[str, Any], *, detach: bool) -> "tuple[Run, int]":
+    """Return the run and where its new events begin."""
     from detkit import catalog
     from detkit.errors import UsageError
 
     extra = [*given.positions, *given.settings, *(f"--{n.replace('_', '-')}" for n, v in own.items() if v is not None)]
     if extra:
         raise UsageError(f"--resume continues a run as it was started; leave out {', '.join(extra)}")
-    return catalog.open_run(name).resume(leash=not detach)
+    found = catalog.open_run(name)
+    since = found.position
+    return found.resume(leash=not detach), since
 
 
 def _print_stopped(run: "Run | None", *, as_json: bool) -> None:

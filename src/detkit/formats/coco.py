@@ -23,15 +23,17 @@ from detkit.files import inside
 from detkit.formats import Format
 from detkit.formats.cocojson import CocoFile
 from detkit.formats.findings import Finding, raise_errors
-from detkit.formats.imagefiles import SPLIT_FOLDERS, leaves, place_images, require_finite
+from detkit.formats.imagefiles import SPLIT_FOLDERS, leaves, place_images, require_finite, require_split_names
 from detkit.params import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 _UNSPLIT = "unsplit"
 """Name of the file with the images of no split; it is not a split itself."""
+_OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_")
+"""How the names of files begin that COCO puts beside its detection files, about the same images."""
 _MOST_FILES = 64
 """A folder with more JSON files than this is something else, such as LabelMe."""
 
@@ -54,7 +56,14 @@ def read(path: Path, options: CocoOptions) -> Dataset:
 
     Raises one `InvalidData` with everything that is wrong in all of them.
     """
-    files = _find(path)
+    places = _find(path)
+    if len(places) > 1:
+        listed = "; ".join(", ".join(str(file.relative_to(path)) for _, file in place) for place in places)
+        raise InvalidData(
+            f"{path}: COCO JSON files lie in {len(places)} places, and which of them belong together is not told: "
+            f"{listed}. name the file to read, or keep the others elsewhere"
+        )
+    files = places[0] if places else []
     if not files and path.is_file():
         files = [("", path)]  # reading it says what is missing
     if not files:
@@ -125,6 +134,10 @@ def write(data: Dataset, folder: Path) -> None:
         if _UNSPLIT in data.split_indices:
             raise InvalidData(f"a split cannot be called {_UNSPLIT!r}, the name of what is in no split; rename it")
         contents = {f"annotations/{name}.json": part for name, part in data.splits.items()}
+        require_split_names(data)
+        for name, back in zip(data.split_indices, _split_names([*data.split_indices, _UNSPLIT]), strict=False):
+            if name != back:
+                raise InvalidData(f"a split {name!r} would be read back as {back!r}; rename it")
         rest = np.setdiff1d(np.arange(len(data)), np.concatenate(list(data.split_indices.values())))
         # A single file would be read as data without splits, so there are always two.
         if len(rest) or len(contents) == 1:
@@ -147,32 +160,30 @@ def _numbers(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[
     return [[int(value) if value.is_integer() else value for value in row] for row in values.tolist()]
 
 
-def _find(path: Path) -> list[tuple[str, Path]]:
-    """Return the detection files with their splits' names; without a name where there is only one."""
+def _find(path: Path) -> list[list[tuple[str, Path]]]:
+    """Return the detection files of each place that has some, with their splits' names; without one for a single file.
+
+    The places are ``annotations/``, the folder itself, and folders called like splits, which are one.
+    """
     if path.is_file():
-        return [("", path)] if path.suffix.lower() == ".json" and _is_coco(path) else []
+        return [[("", path)]] if path.suffix.lower() == ".json" and _is_coco(path) else []
     if not path.is_dir():
         return []
-    for folder in (path / "annotations", path / "Annotations", path):
+    folders = [(entry.name, entry) for entry in sorted(path.iterdir())]
+    places: list[list[tuple[str, Path]]] = []
+    for folder in [*(entry for name, entry in folders if name.lower() == "annotations"), path]:
         files = _coco_files(folder)
-        # COCO's own folder also holds captions and keypoints of the same images.
-        files = [file for file in files if file.name.startswith("instances_")] or files
-        if files:
-            return [("" if len(files) == 1 else _split_name(file.stem), file) for file in files]
-    nested = [
-        (folder.name, file)
-        for folder in sorted(path.iterdir())
-        if folder.is_dir() and folder.name.lower() in SPLIT_FOLDERS
-        for file in _coco_files(folder)
-    ]
+        places.append(list(zip(_split_names([file.stem for file in files]), files, strict=True)))
+    nested = [(name, file) for name, entry in folders if name.lower() in SPLIT_FOLDERS for file in _coco_files(entry)]
     names = [name for name, _ in nested]
-    named = [(name if names.count(name) == 1 else f"{name}-{file.stem}", file) for name, file in nested]
-    return [("", named[0][1])] if len(named) == 1 else named
+    places.append([(name if names.count(name) == 1 else f"{name}-{file.stem}", file) for name, file in nested])
+    return [[("", place[0][1])] if len(place) == 1 else place for place in places if place]
 
 
 def _coco_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    return [file for file in files if _is_coco(file)] if len(files) <= _MOST_FILES else []
+    files = [file for file in files if _is_coco(file)] if len(files) <= _MOST_FILES else []
+    return [file for file in files if not file.name.startswith(_OTHER_TASKS)] or files
 
 
 def _is_coco(file: Path) -> bool:
@@ -183,10 +194,17 @@ def _is_coco(file: Path) -> bool:
         return content.find(b'"images"') >= 0 and content.rfind(b'"categories"') >= 0
 
 
-def _split_name(name: str) -> str:
-    """``instances_train2017`` becomes ``train``."""
-    name = re.sub(r"^instances_|[_.]?annotations(\.coco)?$", "", name)
-    return re.sub(r"(?<=\D)(19|20)\d\d$", "", name).strip("_-. ") or "annotations"
+def _split_names(stems: Sequence[str]) -> list[str]:
+    """Return short names, ``train`` for ``instances_train2017``, or the files' own where two would be alike."""
+    short = [_split_name(stem) for stem in stems]
+    return short if len(set(short)) == len(short) else list(stems)
+
+
+def _split_name(stem: str) -> str:
+    name = re.sub(r"[_.]?annotations(\.coco)?$", "", stem)
+    if name.startswith("instances_"):
+        name = re.sub(r"(?<=\D)(19|20)\d\d$", "", name.removeprefix("instances_"))
+    return name.strip("_-. ") or "annotations"
 
 
 def _images_folder(file: CocoFile, split: str, root: Path, given: str) -> Path:
@@ -194,7 +212,9 @@ def _images_folder(file: CocoFile, split: str, root: Path, given: str) -> Path:
     if given:
         folder = root / given
         if not folder.is_dir():
-            raise InvalidData(f"images={given!r}: there is no folder {folder}; it is looked for from {root}")
+            raise InvalidData(
+                f"read_dataset(..., images={given!r}): there is no folder {folder}; it is looked for from {root}"
+            )
         return folder
     here, stem = file.path.parent, re.sub(r"^instances_", "", file.path.stem)
     named = [parent / name for name in dict.fromkeys((split, stem)) if name for parent in (root / "images", root)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import posixpath
+import sys
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,6 +91,9 @@ class CocoFile:
         image_index = self._unique("images", (image.get("id") for image in self._raw_images), "id")
         self._unique("images", self.file_names, "file_name")
         boxes = self._boxes
+        for row in np.flatnonzero(boxes.area < 0).tolist():
+            message = f"'area' is {boxes.area[row]:g}; expected a number from 0"
+            self._error("bad-area", message, "annotations", int(boxes.records[row]))
         self._unique("annotations", boxes.ids, "id", boxes.records.tolist())
         owner = self._look_up(boxes.image_ids, image_index, boxes.records, "image_id", "image")
         labels = self._look_up(boxes.category_ids, self._category_index, boxes.records, "category_id", "category")
@@ -136,7 +140,10 @@ class CocoFile:
             file = msgspec.json.decode(content, type=_File)
             return _Content(file.images, file.categories, file.annotations)
         except msgspec.ValidationError as error:
-            self._error("not-coco", f"{error}; expected an object with 'images', 'annotations' and 'categories'")
+            if "out of range" in str(error):  # 1e400 is JSON, and no float
+                self._error("malformed", str(error))
+            else:
+                self._error("not-coco", f"{error}; expected an object with 'images', 'annotations' and 'categories'")
             return _Content([], [], [])
         except (msgspec.DecodeError, RecursionError) as error:
             cause = str(error)
@@ -246,13 +253,20 @@ class CocoFile:
             try:
                 return _typed_boxes(_typed.decode(annotations))
             except msgspec.ValidationError:
-                annotations = msgspec.json.decode(annotations)
+                annotations = self._untyped(annotations)
         if annotations is None:
             annotations = []
         if not isinstance(annotations, list):
             self._error("not-coco", f"'annotations' is {_shown(annotations)}; expected a list")
             annotations = []
         return self._plain_boxes(annotations)
+
+    def _untyped(self, annotations: msgspec.Raw) -> Any:
+        try:
+            return msgspec.json.decode(annotations)
+        except msgspec.DecodeError as error:  # a number too large for any float
+            self._error("malformed", str(error), "annotations")
+            return []
 
     def _plain_boxes(self, annotations: list[Any]) -> _Boxes:
         """Go through records that are unusual in some way: further keys, or something wrong."""
@@ -273,6 +287,7 @@ class CocoFile:
                 found = _shown(annotation.get("bbox"))
                 self._error("bad-box", f"'bbox' is {found}; expected [x, y, width, height]", "annotations", i)
             else:
+                self._require_numbers(annotation, i)
                 good.append(annotation)
                 records.append(i)
         extra: list[Extra] = [{k: v for k, v in a.items() if k not in _KNOWN} for a in good]
@@ -283,13 +298,21 @@ class CocoFile:
             category_ids=[a["category_id"] for a in good],
             xywh=np.array([a["bbox"] for a in good], dtype=np.float64).reshape(-1, 4),
             ids=[a.get("id") for a in good],
-            area=np.array([area if isinstance(area, (int, float)) else math.nan for area in areas], dtype=np.float64),
+            area=np.array([area if _is_number(area) else math.nan for area in areas], dtype=np.float64),
             crowd=np.array([bool(a.get("iscrowd")) for a in good], dtype=bool),
             difficult=np.array([bool(a.get("difficult")) for a in good], dtype=bool),
             masks=masks if any(masks) else None,
             extra=extra if any(extra) else None,
             records=np.array(records, dtype=np.int64),
         )
+
+    def _require_numbers(self, annotation: dict[str, Any], i: int) -> None:
+        """Text such as "0" would count as true."""
+        for code, keys in (("bad-flag", ("iscrowd", "difficult")), ("bad-area", ("area",))):
+            for key in keys:
+                value = annotation.get(key)
+                if value is not None and not _is_number(value):
+                    self._error(code, f"'{key}' is {_shown(value)}; expected a number", "annotations", i)
 
 
 def _typed_boxes(annotations: list[_Annotation]) -> _Boxes:
@@ -310,11 +333,11 @@ def _typed_boxes(annotations: list[_Annotation]) -> _Boxes:
 
 
 def _is_box(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 4
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in value)
-    )
+    return isinstance(value, list) and len(value) == 4 and all(_is_number(v) and not isinstance(v, bool) for v in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _side(value: Any) -> int:

@@ -89,6 +89,13 @@ def require_finite(data: Dataset) -> None:
         )
 
 
+def require_split_names(data: Dataset) -> None:
+    """Raise `InvalidData` where a split's name cannot be that of a file."""
+    for name in data.split_indices:
+        if not name or name.startswith(".") or any(sign in name for sign in "/\\\0"):
+            raise InvalidData(f"a split cannot be called {name!r}, as it becomes the name of a file; rename it")
+
+
 def _read_file(path: str) -> ImageFile:
     try:
         content = Path(path).read_bytes()

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -33,8 +34,14 @@ from detkit.params import Options
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from detkit.formats.findings import Finding
+
 _ANNOTATION_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels")
 _IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img", "pictures", "photos")
+_MASK_FOLDERS = frozenset({"segmentationclass", "segmentationobject", "trimaps"})
+"""Folders, in lower case, whose pictures are masks."""
+_SNIFFED = 4
+"""XML files of a folder that are looked into for its format."""
 
 
 class DetkitWarning(UserWarning):
@@ -74,6 +81,7 @@ def read(path: Path, options: VocOptions) -> Dataset:
     found = Objects()
     for file in layout.xml:
         found.read(str(layout.annotations / file))
+    found.findings += _unused(layout, options.unannotated)
     image_of = _match_images(layout, found)
     spare = sorted(set(layout.images) - set(image_of))
     if options.unannotated == "raise":
@@ -81,8 +89,8 @@ def read(path: Path, options: VocOptions) -> Dataset:
             xml_error(
                 "unannotated",
                 str(layout.pictures / name),
-                "has no XML file; with unannotated='negatives' nothing is "
-                "on it, with unannotated='ignore' it is left out",
+                "has no XML file. in Python, read_dataset(..., unannotated='negatives') says that nothing is on it, "
+                "unannotated='ignore' leaves it out",
             )
             for name in spare
         ]
@@ -108,6 +116,9 @@ class _Layout:
     pictures: Path
     xml: list[str]
     images: list[str]
+    unused_xml: dict[str, list[str]]
+    """Annotations of other folders at the top of ``root``."""
+    unused_images: dict[str, list[str]]
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
@@ -125,11 +136,19 @@ def _unwrap(folder: Path) -> Path:
 
 
 def _holds_voc(folder: Path) -> bool:
-    first = next((entry for entry in _visible(folder) if entry.name.lower().endswith(".xml") and entry.is_file()), None)
-    if first is None:
-        return False
-    with Path(first).open("rb") as file:
-        return b"<annotation" in file.read(4096).replace(b"\0", b"")
+    files = (Path(entry) for entry in _visible(folder) if entry.name.lower().endswith(".xml") and entry.is_file())
+    return any(map(_is_annotation, islice(files, _SNIFFED)))
+
+
+def _is_annotation(file: Path) -> bool:
+    """Return whether the outermost element is ``<annotation>``, as far as the beginning of a file tells."""
+    try:
+        with file.open("rb") as stream:
+            beginning = re.sub(rb"\0|<!--.*?-->", b"", stream.read(4096), flags=re.DOTALL)
+    except OSError:
+        return True  # reading it says what is wrong
+    element = re.search(rb"<([A-Za-z_][^\s/>]*)", beginning)
+    return element is not None and element[1] == b"annotation"
 
 
 def _walk(folder: str, prefix: str) -> Iterator[str]:
@@ -152,23 +171,36 @@ def _find(root: Path) -> _Layout:
         top, _, rest = name.rpartition("/") if name.count("/") == 0 else name.partition("/")
         if suffix == ".xml":
             xml.setdefault(top, []).append(rest)
-        elif suffix in EXTENSIONS:
+        elif suffix in EXTENSIONS and _MASK_FOLDERS.isdisjoint(name.lower().split("/")):
             images.setdefault(top, []).append(rest)
     if not xml:
         raise InvalidData(f"{root}: no XML files; expected a Pascal VOC folder with Annotations/*.xml and JPEGImages/")
     if not images:
         raise InvalidData(f"{root}: no image files beside the XML files; looked for {', '.join(sorted(EXTENSIONS))}")
+    # Other XML means nothing here, unless there is nothing else.
+    xml = {top: names for top, names in xml.items() if any(_is_annotation(root / top / n) for n in names)} or xml
     annotation_folder = _choose(xml, _ANNOTATION_FOLDERS)
     image_folder = _choose(images, _IMAGE_FOLDERS)
-    if annotation_folder is None and image_folder is None and len(xml) > 1 and set(xml) <= set(images):
-        # XML beside the images in several folders, for example train/, valid/, test/.
-        beside = sorted(xml)
-        return _Layout(root, root, root, _under(xml, beside), _under(images, beside))
+    if annotation_folder is None and image_folder is None and set(xml) <= set(images) and len(images) > 1:
+        # XML beside the images in several folders, for example train/, valid/, test/; one of them may have no XML.
+        return _Layout(root, root, root, _under(xml, sorted(xml)), _under(images, sorted(images)), {}, {})
     annotation_folder = annotation_folder or max(sorted(xml), key=lambda top: len(xml[top]))
     if image_folder is None:
         beside_xml = annotation_folder in images
         image_folder = annotation_folder if beside_xml else max(sorted(images), key=lambda top: len(images[top]))
-    return _Layout(root, root / annotation_folder, root / image_folder, xml[annotation_folder], images[image_folder])
+    annotations, pictures = root / annotation_folder, root / image_folder
+    return _Layout(root, annotations, pictures, xml.pop(annotation_folder), images.pop(image_folder), xml, images)
+
+
+def _unused(layout: _Layout, unannotated: str) -> Iterator[Finding]:
+    """Yield an error for each folder that is not read; images may be left out where the user says so."""
+    what = f"only {layout.annotations} is read. move them there, or read the folders one by one"
+    for top, names in layout.unused_xml.items():
+        yield xml_error("unused-folder", str(layout.root / top), f"{len(names)} XML files are not read: {what}")
+    what = f"only {layout.pictures} is read. move them there, or keep them elsewhere; in Python, "
+    what += "read_dataset(..., unannotated='ignore') leaves them out"
+    for top, names in layout.unused_images.items() if unannotated != "ignore" else ():
+        yield xml_error("unused-folder", str(layout.root / top), f"{len(names)} images are not read: {what}")
 
 
 def _under(files: dict[str, list[str]], tops: list[str]) -> list[str]:
@@ -189,6 +221,7 @@ def _match_images(layout: _Layout, found: Objects) -> list[str | None]:
         by_name.setdefault(PurePosixPath(image).name, []).append(image)
         by_name.setdefault(PurePosixPath(image).stem, []).append(image)
     matched: list[str | None] = []
+    contradicting: list[str] = []
     for xml, file, filename in zip(layout.xml, found.files, found.filenames, strict=True):
         own = stem(xml)
         written = PurePosixPath(filename.replace("\\", "/"))
@@ -204,8 +237,10 @@ def _match_images(layout: _Layout, found: Objects) -> list[str | None]:
             )
             matched.append(None)
             continue
+        named = by_name.get(written.name) or by_name.get(written.stem) or []
+        if len(candidates) == 1 and named and candidates[0] not in named:
+            contradicting.append(f"{file} names {filename!r} and is taken for {candidates[0]}")
         if len(candidates) != 1:
-            named = by_name.get(written.name) or by_name.get(written.stem) or []
             candidates = [name for name in named if name in candidates] if candidates else named
         if len(candidates) == 1:
             matched.append(candidates[0])
@@ -219,6 +254,13 @@ def _match_images(layout: _Layout, found: Objects) -> list[str | None]:
                 file,
                 f"{what} (looked for {tried} in {layout.pictures})",
             )
+        )
+    if contradicting:
+        warnings.warn(
+            f"{len(contradicting)} XML files name another image in <filename> than the one called like themselves, "
+            f"which is taken: {'; '.join(contradicting[:3])}",
+            DetkitWarning,
+            stacklevel=3,
         )
     return matched
 
@@ -320,7 +362,7 @@ def _origin(boxes: Boxes, origin: Literal["auto", 1, 0], root: Path) -> int:
         return 1
     warnings.warn(
         f"{root}: {zeros} of {len(boxes)} boxes have xmin or ymin 0, so the whole set is read as 0-based; "
-        "VOC itself counts from 1. say origin=0 or origin=1 to decide",
+        "VOC itself counts from 1. in Python, read_dataset(..., origin=0) or origin=1 decides",
         DetkitWarning,
         stacklevel=2,
     )

@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 
 from detkit.errors import InvalidData
 from detkit.files import inside
-from detkit.formats.imagefiles import place_images, require_finite, stem
+from detkit.formats.imagefiles import place_images, require_finite, require_split_names, stem
 from detkit.images import EXTENSIONS
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def write(data: Dataset, folder: Path) -> None:
     VOC carries neither crowds, masks, areas nor unused classes; those stay behind.
     """
     require_finite(data)
+    require_split_names(data)
     stems = _stems(data)
     if ((data.boxes[:, :2] == -1).any(axis=1)).any():
         raise InvalidData(
@@ -49,7 +50,7 @@ def write(data: Dataset, folder: Path) -> None:
         main.mkdir(parents=True)
         for split, indices in data.split_indices.items():
             lines = "".join(f"{stems[i]}\n" for i in indices)
-            (main / inside(f"{split}.txt").name).write_text(lines, encoding="utf-8")
+            (main / f"{split}.txt").write_text(lines, encoding="utf-8")
 
 
 def _stems(data: Dataset) -> list[str]:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,10 @@ from detkit.images import Image
 from detkit_torchvision.models import Targets, final_size
 
 _CACHE_SHARE = 0.25
-"""Share of the machine's memory that decoded images may take."""
+"""Share of the memory that decoded images may take."""
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""A container's own limit (Linux, cgroup v2): a number of bytes, or ``max``."""
 
 _AHEAD = 2
 """Batches decoded ahead of the step that needs them."""
@@ -47,15 +51,25 @@ def resize(image: Image, width: int, height: int) -> Tensor:
     return F.resize(tensor, [height, width], antialias=True)
 
 
+def cache_budget() -> int:
+    """Return how many bytes of decoded images may be kept in memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if _CGROUP_LIMIT.is_file() and (limit := _CGROUP_LIMIT.read_text().strip()).isdigit():
+        memory = min(memory, int(limit))
+    return int(_CACHE_SHARE * memory)
+
+
 class Inputs:
     """The images of a data set at a network's input size, kept in memory once decoded while they fit."""
 
-    def __init__(self, data: Dataset, model: str, image_size: int) -> None:
+    def __init__(self, data: Dataset, model: str, image_size: int, budget: int) -> None:
+        """``budget`` is how many bytes of images may be kept; a data set that needs more is decoded every time."""
         self.data = data
         self.sizes = [final_size(model, image_size, int(w), int(h)) for w, h in data.sizes]
         needed = sum(3 * w * h for w, h in self.sizes)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self._cache: list[Tensor | None] | None = [None] * len(data) if needed <= _CACHE_SHARE * memory else None
+        self._cache: list[Tensor | None] | None = [None] * len(data) if needed <= budget else None
+        self.num_bytes = needed if self._cache is not None else 0
+        """What the kept images take in all."""
 
     def image(self, index: int) -> Tensor:
         """Return one image. Raises `detkit.errors.ImageError` naming the file."""

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from detkit.backends import Engine, PredictOptions
 from detkit.data import Dataset, Detections
 from detkit.errors import NonFiniteLoss
+from detkit.files import atomic_write
 from detkit.images import Image
-from detkit.job import Job, Model, Trained, WeightsOrigin, Workspace, atomic_write
+from detkit.job import Job, Model, Trained, WeightsOrigin, Workspace
 from detkit.params import every_steps
 from detkit.scores import SCORE_FLOOR, Scores, score
-from detkit_torchvision.batches import Batch, Inputs, batches, num_batches, resize
+from detkit_torchvision.batches import Batch, Inputs, batches, cache_budget, num_batches, resize
 from detkit_torchvision.devices import choose_device, describe_device, keep_freed_memory, to_device, use_threads
 from detkit_torchvision.models import MODELS, build, final_size
 from detkit_torchvision.weights import ARTIFACT, initialise
@@ -137,8 +138,11 @@ class Training:
             nms_threshold=self.params["nms_threshold"],
             max_detections=self.params["max_detections"],
         )
-        self.inputs = Inputs(data, job.model, self.image_size)
-        self.validation = self._inputs("validation")
+        budget = cache_budget()
+        self.inputs = Inputs(data, job.model, self.image_size, budget)
+        budget -= self.inputs.num_bytes
+        self.validation = self._inputs("validation", budget)
+        self.test = self._inputs("test", budget - (self.validation.num_bytes if self.validation else 0))
         self.steps_per_epoch = num_batches(len(data), self.params["batch_size"])
         self.total_steps = self.params["iterations"] or self.params["epochs"] * self.steps_per_epoch
         self.warmup_steps = self._warmup_steps()
@@ -244,15 +248,14 @@ class Training:
         if self.best.state is not None:
             self.network.load_state_dict(self.best.state)
         metrics = dict(self.best.metrics or {})
-        test = self._inputs("test")
-        if test is not None:
-            scores = self._score(test)
-            tested = {f"test/{name}": scores[name] for name in ("AP", "AP50", "AP75") if math.isfinite(scores[name])}
-            self._log("metric", tested)
-            metrics |= tested
         state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         with atomic_write(self.workspace.model / ARTIFACT) as file:
             file.write(save(state))
+        if self.test is not None:
+            scores = self._score(self.test)
+            tested = {f"test/{name}": scores[name] for name in ("AP", "AP50", "AP75") if math.isfinite(scores[name])}
+            self._log("metric", tested)
+            metrics |= tested
         return Trained(
             native={
                 "image_size": self.image_size,
@@ -314,9 +317,16 @@ class Training:
             return round(epochs * self.steps_per_epoch)
         return round(0.05 * self.total_steps) if iterations == "auto" else int(iterations or 0)
 
-    def _inputs(self, channel: str) -> Inputs | None:
+    def _inputs(self, channel: str, budget: int) -> Inputs | None:
+        """Return a channel that is only scored. Every image is decoded once now, not after hours of training."""
         data = self.workspace.dataset(channel)
-        return None if data is None or len(data) == 0 else Inputs(data, self.job.model, self.image_size)
+        if data is None or len(data) == 0:
+            return None
+        inputs = Inputs(data, self.job.model, self.image_size, budget)
+        for index in range(len(data)):
+            self.workspace.raise_if_stopped()
+            inputs.image(index)
+        return inputs
 
     def _batches(self) -> Any:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

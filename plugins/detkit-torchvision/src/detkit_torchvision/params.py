@@ -12,6 +12,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from detkit.backends import LocalOptions, ModelSpec, Suggestion
+from detkit.errors import WeightsMissing
 from detkit.params import (
     BatchSize,
     CheckpointEvery,
@@ -149,6 +150,13 @@ def suggest() -> Suggestion:
         f"trained from scratch, as there are no COCO weights in {weights_cache()}; "
         f"`--model torchvision/{candidate} weights=coco` would fetch some and fine-tune",
     )
+
+
+def require_weights(model: str, params: Params) -> None:
+    """Raise before any data is read when ``weights=auto`` finds nothing in the cache."""
+    assert isinstance(params, TorchvisionParams)
+    if params.weights == "auto" and not (path := weights_cache() / COCO_FILES[model]).is_file():
+        raise WeightsMissing("auto", model, path, "they are not in the cache; weights=coco would fetch them")
 
 
 def translate(model: str, params: Params) -> Mapping[str, str]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchvision.models import MobileNet_V3_Large_Weights, ResNet50_Weights
 
 from detkit.errors import UsageError, WeightsMissing
-from detkit.job import Job, Model, WeightsOrigin, Workspace, file_sha256
+from detkit.files import file_sha256
+from detkit.job import Job, Model, WeightsOrigin, Workspace
 from detkit_torchvision.models import MODELS, coco_weights, copy_by_name, head_rows
 from detkit_torchvision.params import weights_cache
 
@@ -67,12 +68,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _fetch(model: str, wanted: str, url: str) -> Path:
-    """Return torchvision's file from the cache; fetch it only where its name was asked for."""
+    """Return torchvision's file from the cache, or fetch it; ``weights=auto`` comes here only when it is there."""
     path = weights_cache() / url.rpartition("/")[2]
     if path.is_file():
         return path
-    if wanted == "auto":
-        raise WeightsMissing(wanted, model, path, "they are not in the cache; weights=coco would fetch them")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False)

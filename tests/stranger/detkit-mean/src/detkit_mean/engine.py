@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from detkit.backends import Engine, PredictOptions
 from detkit.boxes import clip
-from detkit.data import Dataset, Detections
+from detkit.data import Detections
 from detkit.errors import NonFiniteLoss, Unsupported
 from detkit.files import atomic_write
 from detkit.images import Image
@@ -46,14 +46,19 @@ class MeanEngine(Engine):
             time.sleep(job.options["pause_s"])
         with atomic_write(workspace.model / "means.npy") as file:
             np.save(file, means)
-        metrics = {}
+        metrics, threshold = {}, None
         validation = workspace.dataset("validation")
         if validation is not None:
-            metrics = validate(
-                MeanDetector(means, data.classes, PredictOptions(score_threshold=SCORE_FLOOR)), validation
-            )
+            detector = MeanDetector(means, data.classes, PredictOptions(score_threshold=SCORE_FLOOR))
+            scores = score(validation, detector.detect([sample.image() for sample in validation]))
+            metrics, threshold = {"val/AP": scores["AP"], "val/AP50": scores["AP50"]}, scores.score_threshold
             workspace.log("metric", metrics, step=total, epoch=total / per_epoch)
-        return Trained(metrics=metrics, max_detections=job.params["max_detections"], versions={"numpy": np.__version__})
+        return Trained(
+            metrics=metrics,
+            score_threshold=threshold,
+            max_detections=job.params["max_detections"],
+            versions={"numpy": np.__version__},
+        )
 
     def load(self, model: Model, options: PredictOptions) -> MeanDetector:
         require_cpu(options.device)
@@ -85,11 +90,6 @@ class MeanDetector:
             labels=keep,
             scores=scores[keep],
         )
-
-
-def validate(detector: MeanDetector, data: Dataset) -> dict[str, float]:
-    scores = score(data, detector.detect([sample.image() for sample in data]))
-    return {"val/AP": scores["AP"], "val/AP50": scores["AP50"]}
 
 
 def require_cpu(device: str) -> None:
