@@ -34,7 +34,7 @@ def place(source: Path, target: Path) -> None:
         os.link(real, target)
     except OSError:
         try:
-            target.symlink_to(real)
+            os.symlink(real, target)
         except OSError:
             with atomic_write(target) as file, real.open("rb") as original:
                 shutil.copyfileobj(original, file)

@@ -6,21 +6,19 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 
 import detkit
 from detkit import catalog, plugins
 from detkit.backends import Backend, LocalBackend, ModelSpec
+from detkit.channels import divide, leaks, prepare_all, without_copies
 from detkit.data import Dataset
-from detkit.errors import InvalidData, MissingSettings, UnknownName, Unsupported, UsageError, did_you_mean
+from detkit.errors import MissingSettings, UnknownName, Unsupported, UsageError, did_you_mean
 from detkit.files import place
-from detkit.formats.findings import Finding, Prepared, prepare, raise_errors
-from detkit.io import read_dataset
 from detkit.job import Job, Model, Workspace
 from detkit.live import follow
 from detkit.params import INSTEAD, Options, Params, describe, set_fields
@@ -30,11 +28,6 @@ from detkit.settings import Setting, Settings
 
 OWN_SETTINGS = ("model", "backend", "train", "val", "test", "name", "on_invalid")
 """Settings that the trainer itself understands; all others are parameters and options of the backend."""
-
-TEST_SHARE, VALIDATION_SHARE = 0.20, 0.16
-"""What is held out of data without splits: 20 % for one final test, 16 % to choose the weights by."""
-
-_MIN_IMAGES_TO_SPLIT = 5
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -135,13 +128,14 @@ class Trainer:
         params, parent = _with_parent(resolved.params, resolved)
         seed = int(getattr(resolved.params, "seed", 0))
         on_invalid = _one_of("on_invalid", layers.get("on_invalid"), ("raise", "drop"), "raise")
-        channels, told, held_out = _channels(layers, seed)
+        given = {name: setting.value for name in ("train", "val", "test") if (setting := layers.get(name)) is not None}
+        channels, told, held_out = divide(given, seed)
         classes = channels["train"].classes
-        prepared = _prepare_all(
+        prepared = prepare_all(
             {name: data.with_classes(classes, f"{name} data") for name, data in channels.items()}, on_invalid
         )
         if held_out:
-            told += _without_copies(prepared)
+            told += without_copies(prepared)
         for channel, ready in prepared.items():
             told += [str(finding) for finding in ready.warnings[:5]]
             if len(ready.warnings) > 5:
@@ -149,7 +143,7 @@ class Trainer:
             told += [f"{channel}: left out {n} boxes: {code}" for code, n in ready.dropped.items()]
         if not len(prepared["train"].data.boxes):
             raise UsageError("the training images have no boxes; there is nothing to learn")
-        told += _leaks(prepared, parent)
+        told += leaks(prepared, parent)
         params = _with_auto_detections(params, prepared["train"].data)
         chosen_name = layers.get("name")
         workspace = Workspace(catalog.new_run_path(resolved.model, chosen_name.value if chosen_name else None))
@@ -270,97 +264,6 @@ def _choose(model: Setting | None, backend: Setting | None) -> tuple[str, Backen
         raise UsageError(f"model {wanted!r} is offered by {', '.join(b.name for b in having)}; write backend/model")
     bare = {name.partition("/")[2] for name in every}
     raise UnknownName("model", wanted, every, did_you_mean(wanted, bare).strip())
-
-
-def _channels(layers: Settings, seed: int) -> tuple[dict[str, Dataset], list[str], bool]:
-    """Return the data of each channel, what to tell about it, and whether we chose what to hold out."""
-    given = {name: layers.get(name) for name in ("train", "val", "test")}
-    loaded = {
-        name: setting.value if isinstance(setting.value, Dataset) else read_dataset(setting.value)
-        for name, setting in given.items()
-        if setting is not None
-    }
-    train = loaded["train"]
-    names = {"train": "train", "val": "validation", "test": "test"}
-    given_channels = {names[name]: data for name, data in loaded.items() if name != "train"}
-    if train.split_indices:
-        return *_own_splits(train, seed, given_channels), False
-    if given_channels:
-        blind = "validation" not in given_channels
-        told = ["no validation images: the last weights are kept, and no score threshold is chosen"] if blind else []
-        return {"train": train, **given_channels}, told, False
-    if len(train) < _MIN_IMAGES_TO_SPLIT:
-        raise UsageError(
-            f"{len(train)} image(s) are too few to hold any out; give validation images yourself (val=, in the "
-            "command line a second data set), even the same ones"
-        )
-    parts = train.split(1 - TEST_SHARE - VALIDATION_SHARE, VALIDATION_SHARE, TEST_SHARE, seed=seed)
-    channels = dict(zip(("train", "validation", "test"), parts, strict=True))
-    counts = ", ".join(f"{len(data)} {name}" for name, data in channels.items())
-    return channels, [f"no splits in the data: {counts} images, stratified by class, seed {seed}"], True
-
-
-def _own_splits(data: Dataset, seed: int, given: Mapping[str, Dataset]) -> tuple[dict[str, Dataset], list[str]]:
-    """Use the splits the data came with; channels that were given as data of their own take their place."""
-    aliases = {"train": ("train", "trainval"), "validation": ("val", "valid", "validation"), "test": ("test",)}
-    chosen = {c: next((n for n in names if n in data.splits), None) for c, names in aliases.items()}
-    if chosen["train"] is None:
-        raise UsageError(
-            f"the data has the splits {', '.join(data.splits)} and none is called train; name one, "
-            "e.g. DATA:trainval or data.splits['trainval']"
-        )
-    chosen = {channel: name for channel, name in chosen.items() if channel not in given}
-    channels = {channel: data.splits[name] for channel, name in chosen.items() if name is not None}
-    channels |= given
-    told = "the data's own splits: " + ", ".join(f"{n} ({len(channels[c])})" for c, n in chosen.items() if n)
-    if "validation" not in channels and len(channels["train"]) >= _MIN_IMAGES_TO_SPLIT:
-        channels["train"], channels["validation"] = channels["train"].split(0.8, 0.2, seed=seed)
-        told += f"; {len(channels['validation'])} of the training images are held out for validation, seed {seed}"
-    return channels, [told]
-
-
-def _prepare_all(channels: Mapping[str, Dataset], on_invalid: Literal["raise", "drop"]) -> dict[str, Prepared]:
-    """Check every channel before the first complaint, so that one error tells all."""
-    prepared: dict[str, Prepared] = {}
-    findings: list[Finding] = []
-    hints: list[str] = []
-    for name, data in channels.items():
-        try:
-            prepared[name] = prepare(data, on_invalid=on_invalid)
-        except InvalidData as error:
-            if not error.findings:
-                raise
-            findings += error.findings
-            hints += [error.hint] if error.hint not in hints else []
-    raise_errors(findings, "; ".join(hints))
-    return prepared
-
-
-def _without_copies(prepared: dict[str, Prepared]) -> list[str]:
-    """Leave out of each part the images that are also in an earlier one, byte for byte; the training part is first."""
-    told: list[str] = []
-    known: set[str] = set()
-    for name, ready in prepared.items():
-        keep = [i for i, digest in enumerate(ready.image_digests) if digest not in known]
-        known |= set(ready.image_digests)
-        if len(keep) < len(ready.image_digests):
-            told.append(f"{name}: left out {len(ready.image_digests) - len(keep)} images that are copies of others")
-            digests = [ready.image_digests[i] for i in keep]
-            prepared[name] = replace(ready, data=ready.data.take(keep), image_digests=digests)
-    return told
-
-
-def _leaks(prepared: Mapping[str, Prepared], parent: Model | None) -> list[str]:
-    """Tell which images of a channel are also in an earlier one, or seen by the model that training starts from."""
-    digests = {name: ready.image_digests for name, ready in prepared.items()}
-    pairs = [(a, b) for i, a in enumerate(digests) for b in list(digests)[i + 1 :]]
-    counts = {(a, b): int(np.isin(digests[b], digests[a]).sum()) for a, b in pairs}
-    if parent is not None:
-        seen = [digest for channel in parent.seen().values() for digest in channel]
-        held_out = [name for name in digests if name != "train"]
-        counts |= {(f"what {parent.path} has seen", name): int(np.isin(digests[name], seen).sum()) for name in held_out}
-    warning = "warning: {} images of {} are also in {}; its scores will be too good"
-    return [warning.format(count, b, a) for (a, b), count in counts.items() if count]
 
 
 def _with_auto_detections(params: Params, train: Dataset) -> Params:
