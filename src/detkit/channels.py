@@ -19,6 +19,7 @@ TEST_SHARE, VALIDATION_SHARE = 0.20, 0.16
 """What is held out of data without splits: 20 % for one final test, 16 % to choose the weights by."""
 
 _MIN_IMAGES_TO_SPLIT = 5
+_SHOWN = 5
 
 
 def divide(given: Mapping[str, Dataset | str | Path], seed: int) -> tuple[dict[str, Dataset], list[str], bool]:
@@ -78,6 +79,17 @@ def prepare_all(channels: Mapping[str, Dataset], on_invalid: Literal["raise", "d
             hints += [error.hint] if error.hint not in hints else []
     raise_errors(findings, "; ".join(hints))
     return prepared
+
+
+def remarks(prepared: Mapping[str, Prepared]) -> list[str]:
+    """Tell what was found in the data that does not stop training, and what was left out of it."""
+    told: list[str] = []
+    for channel, ready in prepared.items():
+        told += [str(finding) for finding in ready.warnings[:_SHOWN]]
+        if len(ready.warnings) > _SHOWN:
+            told.append(f"... and {len(ready.warnings) - _SHOWN} more warnings about the {channel} data")
+        told += [f"{channel}: left out {n} boxes: {code}" for code, n in ready.dropped.items()]
+    return told
 
 
 def without_copies(prepared: dict[str, Prepared]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ import msgspec
 import detkit
 from detkit import catalog, plugins
 from detkit.backends import Backend, LocalBackend, ModelSpec
-from detkit.channels import divide, leaks, prepare_all, without_copies
+from detkit.channels import divide, leaks, prepare_all, remarks, without_copies
 from detkit.data import Dataset
 from detkit.errors import MissingSettings, UnknownName, Unsupported, UsageError, did_you_mean
 from detkit.files import place
+from detkit.formats.findings import Prepared
 from detkit.job import Job, Model, Workspace
 from detkit.live import follow
 from detkit.params import INSTEAD, Options, Params, describe, set_fields
@@ -136,21 +138,16 @@ class Trainer:
         )
         if held_out:
             told += without_copies(prepared)
-        for channel, ready in prepared.items():
-            told += [str(finding) for finding in ready.warnings[:5]]
-            if len(ready.warnings) > 5:
-                told.append(f"... and {len(ready.warnings) - 5} more warnings about the {channel} data")
-            told += [f"{channel}: left out {n} boxes: {code}" for code, n in ready.dropped.items()]
+        told += remarks(prepared)
         if not len(prepared["train"].data.boxes):
             raise UsageError("the training images have no boxes; there is nothing to learn")
         told += leaks(prepared, parent)
         params = _with_auto_detections(params, prepared["train"].data)
-        chosen_name = layers.get("name")
-        workspace = Workspace(catalog.new_run_path(resolved.model, chosen_name.value if chosen_name else None))
-        dropped: dict[str, int] = {}
+        name_setting = layers.get("name")
+        workspace = Workspace(catalog.new_run_path(resolved.model, name_setting.value if name_setting else None))
+        dropped = Counter[str]()
         for ready in prepared.values():
-            for code, count in ready.dropped.items():
-                dropped[code] = dropped.get(code, 0) + count
+            dropped.update(ready.dropped)
         job = Job(
             backend=resolved.backend.name,
             engine=resolved.backend.engine if isinstance(resolved.backend, LocalBackend) else "",
@@ -159,15 +156,11 @@ class Trainer:
             options=msgspec.to_builtins(resolved.options),
             classes=list(classes),
             version=detkit.__version__,
-            dropped=dropped,
+            dropped=dict(dropped),
         )
         workspace.create(job)
         try:
-            for channel, ready in prepared.items():
-                workspace.write_dataset(channel, ready.data, ready.image_digests)
-            if parent is not None:
-                for file in sorted(p for p in parent.path.rglob("*") if p.is_file()):
-                    place(file, workspace.parent_model / file.relative_to(parent.path))
+            _lay_out(workspace, prepared, parent)
             _announce(workspace, resolved, told, leash)
             return resolved.backend.start(job, workspace, leash=leash)
         except BaseException:
@@ -295,6 +288,14 @@ def _with_parent(params: Params, resolved: _Resolved) -> tuple[Params, Model | N
     if isinstance(resolved.backend, LocalBackend) and not resolved.backend.incremental:
         raise Unsupported(f"backend {resolved.backend.name!r} cannot start from an earlier model")
     return msgspec.structs.replace(params, weights=str(parent.path.absolute())), parent
+
+
+def _lay_out(workspace: Workspace, prepared: Mapping[str, Prepared], parent: Model | None) -> None:
+    for channel, ready in prepared.items():
+        workspace.write_dataset(channel, ready.data, ready.image_digests)
+    if parent is not None:
+        for file in sorted(path for path in parent.path.rglob("*") if path.is_file()):
+            place(file, workspace.parent_model / file.relative_to(parent.path))
 
 
 def _announce(workspace: Workspace, resolved: _Resolved, told: list[str], leash: bool) -> None:
