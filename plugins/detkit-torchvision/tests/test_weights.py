@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.models import detection
+from torchvision.models import detection, mobilenet_v3_large, resnet50
 
 import detkit
 from detkit.data import Dataset
 from detkit.errors import InvalidValue, RunFailed, UnknownName, UsageError, WeightsMissing
+from detkit.job import Job, Workspace
 from detkit_torchvision.models import build, coco_weights
 from detkit_torchvision.params import COCO_FILES, suggest, weights_cache
-from detkit_torchvision.weights import read_state_dict
+from detkit_torchvision.weights import IMAGENET, initialise, read_state_dict
 
 MODEL = "ssdlite320_mobilenet_v3_large"
 
@@ -44,6 +45,28 @@ def test_coco_weights_from_the_cache(tiny: Dataset, tmp_path: Path) -> None:
     assert "BSD-3-Clause" in origin.licence
     assert len(origin.sha256) == 64
     assert path.is_file()
+
+
+@pytest.mark.parametrize("model", ["fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_resnet50_fpn_v2"])
+def test_imagenet_weights_fill_the_backbone(model: str, tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    theirs = (mobilenet_v3_large if "mobilenet" in model else resnet50)(weights=None).state_dict()
+    path = weights_cache() / IMAGENET[model].url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    torch.save(theirs, path)
+    network = build(model, 2, image_size=64)
+    job = Job(
+        backend="torchvision",
+        engine="",
+        model=model,
+        params={"weights": "imagenet"},
+        options={},
+        classes=["a", "b"],
+    )
+    origin = initialise(network, job, Workspace(tmp_path / "run"))
+    assert (origin.source, origin.new) == ("imagenet", ["a", "b"])
+    first = next(iter(network.backbone.body.state_dict()))
+    assert torch.equal(network.backbone.body.state_dict()[first], next(iter(theirs.values())))
 
 
 def test_auto_never_fetches(tiny: Dataset) -> None:

@@ -21,10 +21,11 @@ from detkit_torchvision.params import weights_cache
 ARTIFACT = "weights.safetensors"
 """The state dict of a finished model, in its folder."""
 
-_IMAGENET = {
+IMAGENET = {
     "fasterrcnn_mobilenet_v3_large_320_fpn": MobileNet_V3_Large_Weights.IMAGENET1K_V1,
     "fasterrcnn_resnet50_fpn_v2": ResNet50_Weights.IMAGENET1K_V1,
 }
+"""torchvision's weights of the backbones alone."""
 
 
 def initialise(model: Any, job: Job, workspace: Workspace) -> WeightsOrigin:
@@ -42,7 +43,7 @@ def initialise(model: Any, job: Job, workspace: Workspace) -> WeightsOrigin:
         origin = _copy(model, job, read_state_dict(path), known.classes, path)
         return msgspec.structs.replace(origin, source="coco", licence=known.licence)
     if wanted == "imagenet":
-        path = _fetch(job.model, wanted, _IMAGENET[job.model].url)
+        path = _fetch(job.model, wanted, IMAGENET[job.model].url)
         _load_backbone(model.backbone.body, read_state_dict(path))
         licence = "BSD-3-Clause (torchvision); trained on ImageNet-1K, whose own terms may apply"
         return WeightsOrigin(source="imagenet", sha256=file_sha256(path), licence=licence, new=job.classes)
@@ -106,4 +107,7 @@ def _classes_of(model: Any, job: Job, state: dict[str, Tensor], path: Path) -> l
 
 
 def _load_backbone(body: nn.Module, state: dict[str, Tensor]) -> None:
-    body.load_state_dict({key.removeprefix("features."): value for key, value in state.items()}, strict=False)
+    """Load a classifier's weights into a detector's backbone, which lacks only the classifier's last layers."""
+    renamed = {key.removeprefix("features."): value for key, value in state.items()}
+    missing = body.load_state_dict(renamed, strict=False).missing_keys
+    assert not missing, missing
