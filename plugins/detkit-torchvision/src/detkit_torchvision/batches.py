@@ -33,7 +33,7 @@ _AHEAD = 2
 """Batches decoded ahead of the step that needs them."""
 
 _LEAST_VISIBLE = 0.35
-"""Share of its area that a box must keep in a crop to stay (prototype on NEU-DET, see docs/explanation/recipe.md)."""
+"""Share of its area that a box must keep in a crop to stay; chosen in a prototype on NEU-DET, not tuned."""
 
 
 class Batch(NamedTuple):
