@@ -40,7 +40,7 @@ WarmupIterations: TypeAlias = Annotated[
     Annotated[int, Meta(ge=0)] | Literal["auto"],
     Meta(description="steps of linear warm-up, instead of epochs; auto: 5 % of all steps"),
 ]
-Optimizer: TypeAlias = Annotated[Literal["sgd", "adamw"], Meta(description="optimizer")]
+Optimizer: TypeAlias = Annotated[Literal["sgd", "adam", "adamw", "rmsprop", "adadelta"], Meta(description="optimizer")]
 Momentum: TypeAlias = Annotated[float, Meta(ge=0, lt=1, description="momentum of sgd")]
 WeightDecay: TypeAlias = Annotated[float, Meta(ge=0, description="weight decay; none on biases and norms")]
 GradientClip: TypeAlias = Annotated[float, Meta(gt=0, description="largest global norm of the gradient")]
@@ -50,6 +50,13 @@ ImageSize: TypeAlias = Annotated[
 ]
 Weights: TypeAlias = Annotated[
     str | None, Meta(description="coco, imagenet, auto (from the cache), none, a file, or a run to start from")
+]
+EarlyStoppingPatience: TypeAlias = Annotated[
+    int, Meta(ge=1, description="validations without a better AP after which training ends; none: it never does")
+]
+EarlyStoppingMinEpochs: TypeAlias = Annotated[int, Meta(ge=0, description="epochs that early stopping waits for")]
+EarlyStoppingTolerance: TypeAlias = Annotated[
+    float, Meta(ge=0, le=1, description="gain, as a share of the best AP so far, that counts as better")
 ]
 Seed: TypeAlias = Annotated[int, Meta(ge=0, lt=2**32, description="seed of weights, order and augmentation")]
 MaxDetections: TypeAlias = Annotated[
@@ -80,6 +87,9 @@ CANONICAL: Mapping[str, Any] = {
     "gradient_clip": GradientClip,
     "image_size": ImageSize,
     "weights": Weights,
+    "early_stopping_patience": EarlyStoppingPatience,
+    "early_stopping_min_epochs": EarlyStoppingMinEpochs,
+    "early_stopping_tolerance": EarlyStoppingTolerance,
     "seed": Seed,
     "max_detections": MaxDetections,
     "nms_threshold": NmsThreshold,
@@ -107,6 +117,12 @@ def describe(struct: type[msgspec.Struct]) -> dict[str, str]:
     """Return each field's description, empty where it has none."""
     hints = typing.get_type_hints(struct, include_extras=True)
     return {field.name: _description(hints[field.name]) for field in msgspec.structs.fields(struct)}
+
+
+def nullable(struct: type[msgspec.Struct]) -> set[str]:
+    """Return the fields of which None is a value of its own, and not only the absence of one."""
+    hints = typing.get_type_hints(struct, include_extras=True)
+    return {name for name, hint in hints.items() if _admits_none(hint)} - {*INSTEAD, *INSTEAD.values()}
 
 
 def set_fields(

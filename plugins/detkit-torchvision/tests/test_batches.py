@@ -7,25 +7,23 @@ import pytest
 import torch
 
 from detkit.data import Dataset, Sample
-from detkit_torchvision.batches import Batch, Inputs, augment, batches, cache_budget, epoch_order, num_batches
+from detkit.loop import epoch_order, load_ahead
+from detkit_torchvision.batches import Batch, Inputs, augment, cache_budget, load_batch
 
 EVERYTHING = ("zoom", "hflip", "vflip", "color")
 
 
-def collect(data: Dataset, first: int, last: int, num_workers: int, seed: int = 3) -> list[Batch]:
+def collect(data: Dataset, steps: range, num_workers: int, seed: int = 3) -> list[Batch]:
+    """Return the batches of three images of some steps, three of them to an epoch."""
     inputs = Inputs(data, "fcos_tiny", 64, cache_budget())
-    return list(
-        batches(
-            inputs,
-            batch_size=3,
-            label_offset=0,
-            augmentations=EVERYTHING,
-            seed=seed,
-            first_step=first,
-            last_step=last,
-            num_workers=num_workers,
-        )
-    )
+
+    def load(step: int) -> Batch:
+        epoch, position = divmod(step, 3)
+        indices = epoch_order(len(data), 3, seed, epoch)[position].tolist()
+        seeds = [[seed, epoch, index] for index in indices]
+        return load_batch(inputs, indices, seeds=seeds, label_offset=0, augmentations=EVERYTHING)
+
+    return list(load_ahead(load, steps, num_workers))
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
@@ -38,18 +36,10 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
 
 def test_workers_and_resume_change_nothing(tiny: Dataset) -> None:
-    whole = collect(tiny, 0, 8, num_workers=0)
-    assert same(whole, collect(tiny, 0, 8, num_workers=3))
-    assert same(whole[5:], collect(tiny, 5, 8, num_workers=0))
-    assert not same(whole, collect(tiny, 0, 8, num_workers=0, seed=4))
-
-
-@pytest.mark.parametrize(("images", "batch", "sizes"), [(7, 3, [3, 4]), (6, 3, [3, 3]), (8, 3, [3, 3, 2]), (1, 4, [1])])
-def test_every_image_once_an_epoch(images: int, batch: int, sizes: list[int]) -> None:
-    order = epoch_order(images, batch, seed=0, epoch=2)
-    assert [len(part) for part in order] == sizes
-    assert sorted(np.concatenate(order).tolist()) == list(range(images))
-    assert num_batches(images, batch) == len(sizes)
+    whole = collect(tiny, range(8), num_workers=0)
+    assert same(whole, collect(tiny, range(8), num_workers=3))
+    assert same(whole[5:], collect(tiny, range(5, 8), num_workers=0))
+    assert not same(whole, collect(tiny, range(8), num_workers=0, seed=4))
 
 
 @pytest.mark.parametrize("name", EVERYTHING)

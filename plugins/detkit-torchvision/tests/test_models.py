@@ -37,7 +37,6 @@ def make_job(model: str, data: Dataset, **settings: Any) -> Job:
         params=to_builtins(params),
         options=to_builtins(TorchvisionOptions(device="cpu")),
         classes=list(data.classes),
-        version="test",
     )
 
 

@@ -1,16 +1,13 @@
 """From image files to batches: decode, resize once as uint8, remember, augment; everything random has its own seed.
 
-The randomness of one image in one epoch is drawn from ``(seed, epoch, position)`` alone, so batches are the same with
-any number of workers and after any resume.
+What is random about one image in one epoch is drawn from a seed of its own (`TrainingLoop.image_seed`), so batches are
+the same with any number of workers and after any resume.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from detkit.data import Dataset, Indices
+from detkit.data import Dataset
 from detkit.images import Image
 from detkit_torchvision.models import Targets, final_size
 
@@ -28,9 +25,6 @@ _CACHE_SHARE = 0.25
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """A container's own limit (Linux, cgroup v2): a number of bytes, or ``max``."""
-
-_AHEAD = 2
-"""Batches decoded ahead of the step that needs them."""
 
 _LEAST_VISIBLE = 0.35
 """Share of its area that a box must keep in a crop to stay; chosen in a prototype on NEU-DET, not tuned."""
@@ -90,68 +84,22 @@ class Inputs:
         return boxes, self.data.labels[sample][keep] + label_offset
 
 
-def epoch_order(num_images: int, batch_size: int, seed: int, epoch: int) -> list[Indices]:
-    """Return the image indices of each batch of an epoch; a last batch of one image joins the one before it."""
-    order = np.random.default_rng([seed, epoch]).permutation(num_images)
-    batches = [order[start : start + batch_size] for start in range(0, num_images, batch_size)]
-    if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation cannot train on one image's 1x1 maps
-        last = batches.pop()
-        batches[-1] = np.concatenate([batches[-1], last])
-    return batches
-
-
-def num_batches(num_images: int, batch_size: int) -> int:
-    """Return how many batches `epoch_order` makes."""
-    return len(epoch_order(num_images, batch_size, 0, 0))
-
-
-def batches(
+def load_batch(
     inputs: Inputs,
+    indices: Sequence[int],
     *,
-    batch_size: int,
+    seeds: Sequence[Sequence[int]],
     label_offset: int,
     augmentations: Sequence[str],
-    seed: int,
-    first_step: int,
-    last_step: int,
-    num_workers: int,
-) -> Iterator[Batch]:
-    """Yield the batches of steps ``first_step`` to ``last_step - 1``; step 0 is the first of epoch 0."""
-    per_epoch = num_batches(len(inputs.data), batch_size)
-
-    def load(step: int) -> Batch:
-        epoch, position = divmod(step, per_epoch)
-        indices = orders(epoch)[position].tolist()
-        images, targets = [], []
-        for index in indices:
-            rng = np.random.default_rng([seed, epoch, index])
-            image, boxes, labels = augment(inputs.image(index), *inputs.target(index, label_offset), augmentations, rng)
-            images.append(image)
-            targets.append({"boxes": torch.from_numpy(boxes).float(), "labels": torch.from_numpy(labels)})
-        return Batch(images, targets, indices)
-
-    known: dict[int, list[Indices]] = {}
-
-    def orders(epoch: int) -> list[Indices]:
-        if epoch not in known:
-            known.pop(epoch - 2, None)
-            known[epoch] = epoch_order(len(inputs.data), batch_size, seed, epoch)
-        return known[epoch]
-
-    steps = iter(range(first_step, last_step))
-    if num_workers == 0:
-        yield from map(load, steps)
-        return
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(num_workers, thread_name_prefix="decode"))
-        waiting: deque[Future[Batch]] = deque()
-        stack.callback(lambda: [future.cancel() for future in waiting])
-        for step in steps:
-            waiting.append(pool.submit(load, step))
-            if len(waiting) > _AHEAD + num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+) -> Batch:
+    """Return the images of one step, each changed at random by a seed of its own."""
+    images, targets = [], []
+    for index, seed in zip(indices, seeds, strict=True):
+        target = inputs.target(index, label_offset)
+        image, boxes, labels = augment(inputs.image(index), *target, augmentations, np.random.default_rng(seed))
+        images.append(image)
+        targets.append({"boxes": torch.from_numpy(boxes).float(), "labels": torch.from_numpy(labels)})
+    return Batch(images, targets, list(indices))
 
 
 def augment(

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
-import os
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -19,22 +15,25 @@ from torch import Tensor, nn
 
 from detkit.backends import Engine, PredictOptions
 from detkit.data import Dataset, Detections
-from detkit.errors import NonFiniteLoss
 from detkit.files import atomic_write
 from detkit.images import Image
 from detkit.job import Job, Model, Trained, WeightsOrigin, Workspace
-from detkit.params import every_steps
+from detkit.loop import Best, TrainingLoop, load_ahead, loading_threads
 from detkit.scores import SCORE_FLOOR, Scores, score
-from detkit_torchvision.batches import Batch, Inputs, batches, cache_budget, num_batches, resize
+from detkit_torchvision.batches import Batch, Inputs, cache_budget, load_batch, resize
 from detkit_torchvision.devices import choose_device, describe_device, keep_freed_memory, to_device, use_threads
 from detkit_torchvision.models import MODELS, build, final_size
 from detkit_torchvision.weights import ARTIFACT, initialise
 
-LOG_EVERY = 10
-"""Steps between two metric events; the loss is their mean."""
-
 PREDICT_BATCH = 16
-_PROGRESS_EVERY_S = 0.5
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "adadelta": torch.optim.Adadelta,
+}
+"""Those without momentum of their own choosing."""
 
 
 class TorchvisionEngine(Engine):
@@ -104,31 +103,19 @@ class TorchvisionDetector:
         self._network = None
 
 
-@dataclass
-class Best:
-    """The weights kept so far: those of the highest ``val/AP``."""
-
-    ap: float = -1.0
-    metrics: dict[str, float] | None = None
-    score_threshold: float | None = None
-    state: dict[str, Tensor] | None = None
-
-
-class Training:
+class Training(TrainingLoop[Batch]):
     """One training run, from the job to the artifact; `run` reads top to bottom."""
 
     def __init__(self, job: Job, workspace: Workspace) -> None:
-        self.job, self.workspace, self.params = job, workspace, job.params
+        super().__init__(job, workspace)
         self.device = choose_device(job.options["device"])
         if self.device.type == "cpu":
             if (warning := use_threads(job.options["threads"])) is not None:
-                workspace.log("log", {"message": warning})
+                self.say(warning)
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # costs 4 times the step, changes no result
-        data = workspace.dataset("train")
-        assert data is not None
         self.spec = MODELS[job.model]
-        self.image_size = input_size(self.params["image_size"], job.model, data)
+        self.image_size = input_size(self.params["image_size"], job.model, self.data)
         torch.manual_seed(self.params["seed"])
         self.network: Any = build(
             job.model,
@@ -139,16 +126,11 @@ class Training:
             max_detections=self.params["max_detections"],
         )
         budget = cache_budget()
-        self.inputs = Inputs(data, job.model, self.image_size, budget)
+        self.inputs = Inputs(self.data, job.model, self.image_size, budget)
         budget -= self.inputs.num_bytes
         self.validation = self._inputs("validation", budget)
         self.test = self._inputs("test", budget - (self.validation.num_bytes if self.validation else 0))
-        self.steps_per_epoch = num_batches(len(data), self.params["batch_size"])
-        self.total_steps = self.params["iterations"] or self.params["epochs"] * self.steps_per_epoch
-        self.warmup_steps = self._warmup_steps()
-        self.best = Best()
         self.origin = WeightsOrigin()
-        self.step = 0
 
     def run(self) -> Trained:
         self.prepare()
@@ -163,39 +145,28 @@ class Training:
             self.origin = initialise(self.network, self.job, self.workspace)
             if self.origin.kept or self.origin.new:
                 kept, new = _names(self.origin.kept), _names(self.origin.new)
-                self._say(f"weights from {self.origin.source}: kept {kept}; fresh {new}")
+                self.say(f"weights from {self.origin.source}: kept {kept}; fresh {new}")
         to_device(self.network, self.device)
         self.optimizer = self._make_optimizer()
         if resumed:
             self._restore()
 
-    def steps(self) -> Iterator[int]:
-        """Train, log, validate and save; yield the number of steps done after each."""
-        validate_steps = every_steps(self.params["validate_every"], self.steps_per_epoch)
-        checkpoint_steps = every_steps(self.params["checkpoint_every"], self.steps_per_epoch)
-        window: list[dict[str, float]] = []
-        meter = Meter(self.step, self.total_steps)
-        for batch in self._batches():
-            self.workspace.raise_if_stopped()
-            window.append(self._train_step(batch))
-            self.step += 1
-            ends = self.step == self.total_steps
-            if self.step % LOG_EVERY == 0 or self.step % self.steps_per_epoch == 0 or ends:
-                means = {f"train/{name}": float(np.mean([w[name] for w in window])) for name in window[0]}
-                self._log("metric", {**means, "train/learning_rate": self.learning_rate(self.step - 1)})
-                window = []
-            if (progress := meter.update(self.step, len(batch.images))) is not None:
-                self._log("progress", progress)
-            if self.validation is not None and (self.step % validate_steps == 0 or ends):
-                self._validate(self.validation)
-                meter.restart(self.step)
-            if self.step % checkpoint_steps == 0 or ends:
-                self._save_checkpoint()
-            yield self.step
+    def batches(self) -> Iterator[Batch]:
+        def load(step: int) -> Batch:
+            indices = self.batch_indices(step)
+            return load_batch(
+                self.inputs,
+                indices,
+                seeds=[self.image_seed(step, index) for index in indices],
+                label_offset=self.spec.label_offset,
+                augmentations=self.params["augmentations"],
+            )
 
-    def _train_step(self, batch: Batch) -> dict[str, float]:
-        # A seed for each step: sampling inside the network is the same after a resume, and whatever ran in between.
-        torch.manual_seed(self.params["seed"] * 1_000_003 + self.step)
+        num_workers = loading_threads(self.job.options["num_workers"])
+        return load_ahead(load, range(self.step, self.total_steps), num_workers)
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        torch.manual_seed(self.step_seed())
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         self.network.train()
@@ -203,9 +174,7 @@ class Training:
         losses = self.network(batch.images, targets)
         total = torch.stack(list(losses.values())).sum()
         parts = {"loss": total.item(), **{name: value.item() for name, value in losses.items()}}
-        if not math.isfinite(parts["loss"]):
-            files = [self.inputs.data.image_ids[index] for index in batch.indices]
-            raise NonFiniteLoss(self.step + 1, self.learning_rate(self.step), parts, files)
+        self.check_finite(parts, batch.indices)
         self.optimizer.zero_grad()
         total.backward()
         if self.params["gradient_clip"]:
@@ -213,26 +182,11 @@ class Training:
         self.optimizer.step()
         return parts
 
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule."""
-        peak = self.params["learning_rate"]
-        if step < self.warmup_steps:
-            return float(peak * (step + 1) / self.warmup_steps)
-        if self.params["lr_scheduler"] == "constant":
-            return float(peak)
-        if self.params["lr_scheduler"] == "step":
-            passed = sum(step >= epoch * self.steps_per_epoch for epoch in self.params["lr_scheduler_step"])
-            return float(peak * self.params["lr_scheduler_factor"] ** passed)
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return float(peak * 0.5 * (1 + math.cos(math.pi * done)))
+    def validate(self) -> Scores | None:
+        return None if self.validation is None else self._score(self.validation)
 
-    def _validate(self, inputs: Inputs) -> None:
-        scores = self._score(inputs)
-        metrics = {f"val/{name}": scores[name] for name in ("AP", "AP50", "AP75")}
-        self._log("metric", {name: value for name, value in metrics.items() if math.isfinite(value)})
-        if scores["AP"] > self.best.ap:
-            state = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
-            self.best = Best(scores["AP"], metrics, scores.score_threshold, state)
+    def snapshot(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
 
     def _score(self, inputs: Inputs) -> Scores:
         detector = TorchvisionDetector(self.network, self.job.model, self.job.classes, self.image_size)
@@ -247,25 +201,21 @@ class Training:
     def _finish(self) -> Trained:
         if self.best.state is not None:
             self.network.load_state_dict(self.best.state)
-        metrics = dict(self.best.metrics or {})
         state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         with atomic_write(self.workspace.model / ARTIFACT) as file:
             file.write(save(state))
-        if self.test is not None:
-            scores = self._score(self.test)
-            tested = {f"test/{name}": scores[name] for name in ("AP", "AP50", "AP75") if math.isfinite(scores[name])}
-            self._log("metric", tested)
-            metrics |= tested
+        metrics = self.final_metrics(None if self.test is None else self._score(self.test))
         return Trained(
             native={
                 "image_size": self.image_size,
+                "steps": self.step,
                 "total_steps": self.total_steps,
                 "steps_per_epoch": self.steps_per_epoch,
                 "warmup_steps": self.warmup_steps,
                 "optimizer": type(self.optimizer).__name__,
             },
             weights=self.origin,
-            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+            metrics=metrics,
             score_threshold=self.best.score_threshold,
             max_detections=self.params["max_detections"],
             versions={"torch": str(torch.__version__), "torchvision": torchvision.__version__},
@@ -276,7 +226,7 @@ class Training:
     def _checkpoint_file(self) -> Any:
         return self.workspace.checkpoints / "last.pt"
 
-    def _save_checkpoint(self) -> None:
+    def save_checkpoint(self) -> None:
         content = io.BytesIO()
         torch.save(
             {
@@ -297,8 +247,8 @@ class Training:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.best = Best(**saved["best"])
         self.step = int(saved["step"])
-        self._log("state", {"state": "resumed"})
-        self._say(f"resumed after step {self.step} of {self.total_steps}")
+        self.log("state", {"state": "resumed"})
+        self.say(f"resumed after step {self.step} of {self.total_steps}")
         self.origin = msgspec.convert(saved["origin"], WeightsOrigin)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -307,15 +257,10 @@ class Training:
             {"params": [p for p in trainable if p.ndim > 1], "weight_decay": self.params["weight_decay"]},
             {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        if self.params["optimizer"] == "sgd":
-            return torch.optim.SGD(groups, lr=self.params["learning_rate"], momentum=self.params["momentum"])
-        return torch.optim.AdamW(groups, lr=self.params["learning_rate"])
-
-    def _warmup_steps(self) -> int:
-        epochs, iterations = self.params["warmup_epochs"], self.params["warmup_iterations"]
-        if epochs is not None:
-            return round(epochs * self.steps_per_epoch)
-        return round(0.05 * self.total_steps) if iterations == "auto" else int(iterations or 0)
+        rate, name = self.params["learning_rate"], self.params["optimizer"]
+        if name == "sgd":
+            return torch.optim.SGD(groups, lr=rate, momentum=self.params["momentum"])
+        return OPTIMIZERS[name](groups, lr=rate)
 
     def _inputs(self, channel: str, budget: int) -> Inputs | None:
         """Return a channel that is only scored. Every image is decoded once now, not after hours of training."""
@@ -327,52 +272,6 @@ class Training:
             self.workspace.raise_if_stopped()
             inputs.image(index)
         return inputs
-
-    def _batches(self) -> Any:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        asked = self.job.options["num_workers"]
-        return batches(
-            self.inputs,
-            batch_size=self.params["batch_size"],
-            label_offset=self.spec.label_offset,
-            augmentations=self.params["augmentations"],
-            seed=self.params["seed"],
-            first_step=self.step,
-            last_step=self.total_steps,
-            num_workers=(0 if cores <= 2 else min(8, cores - 1)) if asked == "auto" else asked,
-        )
-
-    def _log(self, kind: Any, values: dict[str, Any]) -> None:
-        self.workspace.log(kind, values, step=self.step, epoch=round(self.step / self.steps_per_epoch, 4))
-
-    def _say(self, message: str) -> None:
-        self._log("log", {"message": message})
-
-
-class Meter:
-    """Images per second and time left, over the steps since the last report."""
-
-    def __init__(self, step: int, total: int) -> None:
-        self._total = total
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Begin a new interval, after a report or something that is not training."""
-        self._images, self._step, self._last = 0, step, time.monotonic()
-
-    def update(self, step: int, num_images: int) -> dict[str, float] | None:
-        """Count a step; returns numbers to report at most twice a second, and at the end."""
-        self._images += num_images
-        elapsed = time.monotonic() - self._last
-        if elapsed < _PROGRESS_EVERY_S and step < self._total:
-            return None
-        numbers = {
-            "total_steps": float(self._total),
-            "images_per_s": self._images / elapsed if elapsed else 0.0,
-            "eta_s": (self._total - step) * elapsed / (step - self._step),
-        }
-        self.restart(step)
-        return numbers
 
 
 def input_size(wanted: int | str, model: str, data: Dataset) -> int:

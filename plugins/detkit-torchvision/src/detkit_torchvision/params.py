@@ -16,6 +16,9 @@ from detkit.errors import WeightsMissing
 from detkit.params import (
     BatchSize,
     CheckpointEvery,
+    EarlyStoppingMinEpochs,
+    EarlyStoppingPatience,
+    EarlyStoppingTolerance,
     Epochs,
     GradientClip,
     ImageSize,
@@ -66,6 +69,9 @@ class TorchvisionParams(Params, frozen=True):
     max_detections: MaxDetections = "auto"
     validate_every: ValidateEvery = "1 epoch"
     checkpoint_every: CheckpointEvery = "1 epoch"
+    early_stopping_patience: EarlyStoppingPatience | None = None
+    early_stopping_min_epochs: EarlyStoppingMinEpochs = 0
+    early_stopping_tolerance: EarlyStoppingTolerance = 0.0
     seed: Seed = 0
 
 
@@ -163,7 +169,8 @@ def translate(model: str, params: Params) -> Mapping[str, str]:
     """Return what torch is told, for the parameters whose name or value differs there."""
     assert isinstance(params, TorchvisionParams)
     p = params
-    optimizer = {"sgd": f"torch.optim.SGD(momentum={p.momentum})", "adamw": "torch.optim.AdamW"}[p.optimizer]
+    names = {"sgd": f"SGD(momentum={p.momentum})", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
+    optimizer = f"torch.optim.{names.get(p.optimizer, 'Adadelta')}"
     length = "ceil(training images / batch_size) steps each" if p.epochs else "total steps"
     return {
         "epochs": length if p.epochs else "",
@@ -174,5 +181,5 @@ def translate(model: str, params: Params) -> Mapping[str, str]:
         "gradient_clip": f"clip_grad_norm_(max_norm={p.gradient_clip})" if p.gradient_clip else "",
         "nms_threshold": "nms_thresh / box_nms_thresh",
         "max_detections": "detections_per_img / box_detections_per_img",
-        "momentum": "" if p.optimizer == "sgd" else "not used by adamw",
+        "momentum": "" if p.optimizer == "sgd" else f"not used by {p.optimizer}",
     }
