@@ -242,6 +242,22 @@ def test_damaged_run_file(tiny: Dataset) -> None:
         open_run("old")
 
 
+def test_job_of_another_version(tiny: Dataset) -> None:
+    for name in ("good", "other"):
+        Trainer(model="echo/memory", epochs=1).fit(tiny, tiny, name=name, quiet=True)
+    run = open_run("other")
+    job = msgspec.json.decode(run.workspace.job_file.read_bytes())
+    write_json(run.workspace.job_file, {**job, "controller": "x"})
+    with pytest.raises(UsageError, match=r"other/.*/job\.json was written by another version of detkit"):
+        _ = run.job
+    manifest = run.workspace.model / "detkit.json"
+    write_json(manifest, {**msgspec.json.decode(manifest.read_bytes()), "classes": 7})
+    assert open_run("best").name == "good"
+    run.workspace.job_file.unlink()
+    with pytest.raises(UsageError, match=r"other holds no job: there is no input/data/job/job\.json"):
+        _ = run.job
+
+
 def laid_out(path: Path) -> Workspace:
     workspace = Workspace(path)
     workspace.create(Job(backend="echo", engine="-", model="memory", params={}, options={}, classes=[]))
@@ -268,7 +284,7 @@ def test_events_wait_for_the_end_of_a_line(tmp_path: Path) -> None:
     Path("go").touch()
     reader.join(timeout=20)
     assert [event.values["message"] for event in got if event.kind == "log"] == ["a", "b"]
-    with pytest.raises(WorkerDied, match="exit code 0 and left no reason"):
+    with pytest.raises(WorkerDied, match="exit code 0 while it started and left no reason"):
         run.wait()
 
 
@@ -361,7 +377,7 @@ def test_another_interpreter(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.
 def test_worker_of_another_version(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detkit, "__version__", "9.9.9")
     run = Trainer(model="echo/memory", epochs=1).start(tiny, tiny, leash=True)
-    with pytest.raises(RunFailed, match=r"controller is detkit 9\.9\.9, the worker in .* install the same version"):
+    with pytest.raises(RunFailed, match=r"expected detkit-sdk 9\.9\.9 and .*, which has detkit-sdk .*; restart"):
         run.wait()
 
 

@@ -1,16 +1,16 @@
-"""The /invocations contract, spoken to a real prediction worker over loopback."""
+"""The /invocations contract, spoken to a real prediction worker."""
 
 from __future__ import annotations
 
 import http.client
 import io
 import json
+import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,30 +18,124 @@ import psutil
 import pytest
 from PIL import Image
 
-from detkit import Dataset, Detections, Model, Predictor, Trainer
-from detkit.backends import PredictOptions, WorkerDetector
-from detkit.errors import DetkitError, RunFailed
-from detkit.wire import CONTENT_TYPE, Client, decode_detections, decode_images, encode_detections, encode_images
+from detkit import Dataset, Detections, Model, Predictor, Trainer, wire
+from detkit.backends import PredictOptions
+from detkit.errors import DetkitError, RunFailed, UsageError, WorkerDied
+from detkit.processes import WorkerDetector, start_worker, worker_command
+from detkit.wire import (
+    CONTENT_TYPE,
+    Client,
+    decode_detections,
+    decode_images,
+    encode_detections,
+    encode_images,
+    serve,
+)
 
 PIXELS = [np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3), np.full((4, 1, 3), 200, dtype=np.uint8)]
 
 
+def body(batch: list[np.ndarray], paths: list[str] | None = None) -> bytes:
+    return b"".join(encode_images(batch, paths))
+
+
 def test_images_travel_unchanged() -> None:
-    batch, paths = decode_images(encode_images(PIXELS, ["a.jpg", "ü b.jpg"]))
+    batch, paths = decode_images(body(PIXELS, ["a.jpg", "ü b.jpg"]))
     assert paths == ["a.jpg", "ü b.jpg"]
     for sent, got in zip(PIXELS, batch, strict=True):
         assert got.dtype == np.uint8
         np.testing.assert_array_equal(sent, got)
 
 
+def test_no_pixel_is_copied() -> None:
+    buffers = encode_images(PIXELS)
+    for buffer, image in zip(buffers[1:], PIXELS, strict=True):
+        assert np.shares_memory(np.frombuffer(buffer, np.uint8), image)
+    received = bytearray(b"".join(buffers))
+    batch, _ = decode_images(received)
+    assert all(np.shares_memory(np.frombuffer(received, np.uint8), image) for image in batch)
+    assert all(image.flags.writeable for image in batch)
+
+
+def test_images_that_somebody_keeps_stay_as_they_are() -> None:
+    """The memory of a request is used again only where nobody looks into it any more."""
+    ours, theirs = socket.socketpair()
+    kept: list[np.ndarray] = []
+    addresses: list[int] = []
+
+    def detect(batch: list[np.ndarray], paths: list[str]) -> list[Detections]:
+        addresses.append(batch[0].ctypes.data)
+        kept.extend(batch if paths == ["keep"] else [])
+        return []
+
+    server = threading.Thread(target=serve, args=(detect, theirs), daemon=True)
+    server.start()
+    client = Client(ours)
+    for number, path in enumerate(["free", "free", "keep", "free", "free"]):
+        client.detect([np.full((300, 300, 3), number, np.uint8)], [path])
+    client.close()
+    server.join(timeout=10)
+    theirs.close()
+    assert (kept[0] == 2).all()
+    assert addresses[0] == addresses[1] == addresses[2] != addresses[3] == addresses[4]
+
+
+def served(detect: Callable[[list[np.ndarray], list[str]], list[Detections]]) -> Client:
+    """Return a client whose requests are answered by a thread."""
+    ours, theirs = socket.socketpair()
+
+    def answer() -> None:
+        with theirs:
+            serve(detect, theirs)
+
+    threading.Thread(target=answer, daemon=True).start()
+    return Client(ours)
+
+
+def test_many_pixels_travel_in_several_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "REQUEST_BYTES", 100)
+    got: list[list[str]] = []
+    none = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, dtype=np.int64), "scores": np.zeros(0)}
+
+    def detect(batch: list[np.ndarray], paths: list[str]) -> list[Detections]:
+        got.append(paths)
+        return [
+            Detections(path=path, width=image.shape[1], height=image.shape[0], classes=("a",), **none)
+            for image, path in zip(batch, paths, strict=True)
+        ]
+
+    client = served(detect)
+    widths = [10, 20, 4, 200, 1, 32, 33, 34]  # of 3 bytes each
+    names = [f"{i}.jpg" for i in range(len(widths))]
+    found = client.detect([np.zeros((1, width, 3), np.uint8) for width in widths], names)
+    assert [(one.path, one.width) for one in found] == list(zip(names, widths, strict=True))
+    assert got == [names[:2], names[2:3], names[3:4], names[4:6], names[6:7], names[7:]]
+    assert client.detect([]) == []
+    client.close()
+
+
+def test_words_of_a_worker_that_cannot_do_it() -> None:
+    def detect(batch: list[np.ndarray], paths: list[str]) -> list[Detections]:
+        if paths == ["known"]:
+            raise DetkitError('no "room"\nat all')
+        raise KeyError("näher")
+
+    client = served(detect)
+    for path, said in (("known", 'no "room"\nat all'), ("unknown", "KeyError: 'näher'")):
+        with pytest.raises(RunFailed) as caught:
+            client.detect(PIXELS[:1], [path])
+        assert str(caught.value) == said
+    client.close()
+
+
 def test_views_are_packed_in_order() -> None:
     flipped = PIXELS[0][:, ::-1]
-    (got,), _ = decode_images(encode_images([flipped]))
+    (got,), _ = decode_images(body([flipped]))
     np.testing.assert_array_equal(got, flipped)
 
 
 def test_empty_batch() -> None:
-    assert decode_images(encode_images([])) == ([], [])
+    assert decode_images(body([])) == ([], [])
     assert decode_detections(encode_detections([])) == []
 
 
@@ -62,21 +156,21 @@ def test_files_travel_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "content_type", "message"),
+    ("content", "content_type", "message"),
     [
         (b"", CONTENT_TYPE, "the request is malformed"),
         (b"\x04\x00\x00\x00nope", CONTENT_TYPE, "the request is malformed"),
         (b"\x02\x00\x00\x00{}", CONTENT_TYPE, "the request is malformed"),
         (b"\x02\x00\x00\x00[]", CONTENT_TYPE, "the request is malformed"),
-        (encode_images(PIXELS)[:-1], CONTENT_TYPE, "the request is malformed"),
-        (encode_images(PIXELS) + b"x", CONTENT_TYPE, r"the request has \d+ bytes, its header tells of \d+"),
+        (body(PIXELS)[:-1], CONTENT_TYPE, "the request is malformed"),
+        (body(PIXELS) + b"x", CONTENT_TYPE, r"the request has \d+ bytes, its header tells of \d+"),
         (b"no image", "image/jpeg", "cannot read image"),
         (b"{}", "application/json", r"content type 'application/json' is not known; expected image/\*"),
     ],
 )
-def test_malformed_requests(body: bytes, content_type: str, message: str) -> None:
+def test_malformed_requests(content: bytes, content_type: str, message: str) -> None:
     with pytest.raises(DetkitError, match=message):
-        decode_images(body, content_type)
+        decode_images(content, content_type)
 
 
 def test_detections_survive_the_way_exactly() -> None:
@@ -103,37 +197,35 @@ def model(tiny: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Trainer(model="echo/memory", epochs=6).fit(tiny, tiny, name=str(folder / "run"), quiet=True).model
 
 
-@pytest.fixture(scope="module")
-def worker(model: Model) -> Iterator[int]:
-    """A prediction worker; gives its port."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "detkit.worker", "--serve", str(model.path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    yield json.loads(process.stdout.readline())["port"]
-    process.kill()
-    process.communicate()
+@pytest.fixture
+def worker(model: Model) -> Iterator[socket.socket]:
+    """A prediction worker; gives the socket that it answers on."""
+    command = worker_command(sys.executable, "echo", "--serve", str(model.path), "{}")
+    ours, theirs = socket.socketpair()
+    with ours, theirs, start_worker(command, leash=True, stdout=theirs) as process:
+        theirs.close()
+        assert ours.recv(65536) == b'{"error":""}\n'
+        yield ours
+        process.kill()
 
 
 def request(
-    port: int, method: str, path: str, body: bytes = b"", content_type: str = ""
+    worker: socket.socket, method: str, path: str, body: bytes = b"", content_type: str = ""
 ) -> tuple[int, dict[str, object]]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    try:
-        connection.request(method, path, body, {"Content-Type": content_type} if content_type else {})
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-    finally:
-        connection.close()
+    connection = http.client.HTTPConnection("worker")
+    connection.sock = worker
+    connection.request(method, path, body, {"Content-Type": content_type} if content_type else {})
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
 
 
-def test_ping(worker: int) -> None:
+def test_ping(worker: socket.socket) -> None:
     assert request(worker, "GET", "/ping") == (200, {})
     assert request(worker, "GET", "/elsewhere")[0] == 404
     assert request(worker, "POST", "/elsewhere")[0] == 404
 
 
-def test_one_image_file(worker: int, model: Model, tiny: Dataset) -> None:
+def test_one_image_file(worker: socket.socket, model: Model, tiny: Dataset) -> None:
     status, answer = request(worker, "POST", "/invocations", Path(tiny.paths[0]).read_bytes(), "image/jpeg")
     assert status == 200
     assert answer["classes"] == list(tiny.classes)
@@ -142,12 +234,13 @@ def test_one_image_file(worker: int, model: Model, tiny: Dataset) -> None:
     assert answer["images"] == [{**expected, "path": ""}]
 
 
-def test_answers_after_a_bad_request(worker: int, tiny: Dataset) -> None:
+def test_answers_after_a_bad_request(worker: socket.socket, tiny: Dataset) -> None:
     status, answer = request(worker, "POST", "/invocations", b"no image", "image/jpeg")
     assert status == 400
     assert "cannot read image" in str(answer["error"])
-    client = Client("127.0.0.1", worker)
-    with pytest.raises(RunFailed, match="answered 500"):
+    assert request(worker, "POST", "/invocations", b"", "image/jpeg")[0] == 400
+    client = Client(worker)
+    with pytest.raises(RunFailed, match="^TypeError: Cannot handle[^{]*$"):
         client.detect([np.zeros((2, 3, 5), dtype=np.uint8)])
     assert len(client.detect([tiny[0].image(), tiny[1].image()], ["a", "b"])) == 2
     assert [found.path for found in client.detect([tiny[0].image()], ["a"])] == ["a"]
@@ -164,9 +257,10 @@ def test_worker_detector_ends_with_close(model: Model, tiny: Dataset) -> None:
 
 
 def test_worker_that_cannot_load(model: Model, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RunFailed, match="cuda:99"):
+    with pytest.raises(RunFailed, match=r"^device='cuda:99': .*device=cpu$") as caught:
         Predictor(model, device="cuda:99", isolate=True)
-    assert "Traceback" in capfd.readouterr().err
+    assert "Traceback" in caught.value.log_tail
+    assert capfd.readouterr().err == ""
 
 
 def test_worker_that_dies(model: Model, tiny: Dataset) -> None:
@@ -174,9 +268,12 @@ def test_worker_that_dies(model: Model, tiny: Dataset) -> None:
     detector = WorkerDetector(sys.executable, model, PredictOptions())
     (process,) = set(psutil.Process().children()) - children
     process.kill()
-    with pytest.raises(RunFailed, match="the prediction worker does not answer"):
-        detector.detect([tiny[0].image()])
+    for _ in range(2):
+        with pytest.raises(WorkerDied, match="worker was ended by SIGKILL while it predicted; .* memory runs out"):
+            detector.detect([tiny[0].image()])
     detector.close()
+    with pytest.raises(UsageError, match="this model was closed"):
+        detector.detect([tiny[0].image()])
 
 
 def chatty(path: Path, code: str) -> str:

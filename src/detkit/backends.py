@@ -7,36 +7,32 @@ imports, so a backend names its engine by a string.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import os
-import select
 import shutil
-import subprocess
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
-import msgspec
 from msgspec import Meta
 
+from detkit import environments
 from detkit.data import Detections
-from detkit.errors import PluginError, RunFailed, UnknownName, Unsupported, UsageError
+from detkit.dialects import Dialect
+from detkit.environments import Environment
+from detkit.errors import PluginError, UnknownName, Unsupported, UsageError
 from detkit.images import Image
 from detkit.job import Job, Model, Trained, Workspace
 from detkit.params import Options, Params
+from detkit.processes import WorkerDetector, export_in_worker, worker_command
 from detkit.runs import LocalRun, Run
-from detkit.wire import Client
 
 API = 1
 """Version of the contract in this module; a backend states the one it was written for."""
-
-_WORKER_START_S = 120.0
 
 
 class PredictOptions(Options, frozen=True, kw_only=True):
@@ -57,7 +53,10 @@ class LocalOptions(Options, frozen=True, kw_only=True):
     device: Annotated[
         str, Meta(description="auto, cpu, cuda or cuda:N; asking for one that is not there is an error")
     ] = "auto"
-    python: Annotated[str | None, Meta(description="the interpreter that runs the engine; this one where none")] = None
+    python: Annotated[
+        str | None,
+        Meta(description="the interpreter of the engine; where none, the one installed for it, else this one"),
+    ] = None
     num_workers: Annotated[
         Annotated[int, Meta(ge=0)] | Literal["auto"],
         Meta(description="threads that decode images ahead of the training step"),
@@ -92,7 +91,10 @@ class Engine(ABC):
         """Open a model that `train` left."""
 
     def export(self, model: Model, format: str, to: Path) -> Path:
-        """Write the model in another format and return its path. Declared by ``LocalBackend.export``."""
+        """Write the model into ``to``, a folder, in a format that ``LocalBackend.formats`` declares.
+
+        Makes the folder where it is not there, replaces its own files as a whole, and returns the main one.
+        """
         raise Unsupported(f"{model.name} cannot be exported to {format!r}")
 
 
@@ -123,6 +125,10 @@ class Backend(ABC):
     summary: str
     models: Mapping[str, ModelSpec]
     options: type[Options]
+    formats: tuple[str, ...] = ()
+    """Export formats."""
+    dialects: tuple[Dialect, ...] = ()
+    """Other tools' hyperparameters that it understands, for ``like=``."""
 
     @abstractmethod
     def start(self, job: Job, workspace: Workspace, *, leash: bool) -> Run:
@@ -135,6 +141,10 @@ class Backend(ABC):
     @abstractmethod
     def open(self, model: Model, options: PredictOptions, *, isolate: bool = False) -> Detector:
         """Open a finished model, in this process or, with ``isolate``, in a worker of its own."""
+
+    def export(self, model: Model, format: str, to: Path) -> Path:
+        """Write a finished model into a folder, in one of `formats`, and return the main file."""
+        raise Unsupported(f"backend {self.name!r} exports nothing")
 
     def require(self, model: str, params: Params, options: Options) -> None:  # noqa: B027 - most places need nothing of this machine
         """Raise before any data is read when what the engine needs is not here. Nothing to check by default."""
@@ -168,14 +178,16 @@ class LocalBackend(Backend):
     options: type[LocalOptions] = LocalOptions
     requires: tuple[str, ...] = ()
     """Modules the engine imports; looked for before a worker is started in this interpreter."""
+    environment: Environment | None = None
+    """The environment of its own that ``detkit backends install NAME`` makes, for an engine that cannot run here."""
     resume: Literal["exact", "weights"] | None = None
     """``exact``: a resumed run ends like an uninterrupted one. ``weights``: it starts from the last weights."""
     incremental: bool = False
     """Whether training can start from another model, classes matched by name."""
     formats: tuple[str, ...] = ()
-    """Export formats."""
     gaps: Mapping[str, str] = field(default_factory=dict)
     """Cases of `detkit.testing.BackendTests` that fail, with the reason; one that passes after all is an error."""
+    dialects: tuple[Dialect, ...] = ()
     suggestion: Callable[[], Suggestion | None] | None = None
     translation: Callable[[str, Params], Mapping[str, str]] | None = None
     requirement: Callable[[str, Params], None] | None = None
@@ -197,7 +209,7 @@ class LocalBackend(Backend):
 
     def start(self, job: Job, workspace: Workspace, *, leash: bool) -> LocalRun:
         python = self.interpreter(job.options.get("python"))
-        command = [python, "-m", "detkit.worker", str(workspace.path)]
+        command = worker_command(python, self.name, str(workspace.path))
         return LocalRun.start(workspace, command, leash=leash, restart=self._restart(workspace))
 
     def attach(self, workspace: Workspace) -> LocalRun:
@@ -209,11 +221,30 @@ class LocalBackend(Backend):
         return lambda leash: self.start(workspace.job(), workspace, leash=leash)
 
     def open(self, model: Model, options: PredictOptions, *, isolate: bool = False) -> Detector:
-        trained_by = model.manifest.options.get("python")
-        python = self.interpreter(trained_by if trained_by and shutil.which(trained_by) else None)
+        python = self._opener(model)
         if isolate or python != sys.executable:
             return WorkerDetector(python, model, options)
         return load_engine(model.manifest.engine).load(model, options)
+
+    def export(self, model: Model, format: str, to: Path) -> Path:
+        python = self._opener(model)
+        if python != sys.executable:
+            return export_in_worker(python, model, format, to)
+        return load_engine(model.manifest.engine).export(model, format, to)
+
+    def _opener(self, model: Model) -> str:
+        """Return the interpreter that opens a model; the one that trained it only where no other would do.
+
+        A model may come from anywhere, so that one has to lie outside of the folder that the model came in.
+        """
+        trained_by = Path(str(model.manifest.options.get("python")))
+        came_in = model.path.resolve().parent
+        known = (
+            trained_by.is_absolute()
+            and shutil.which(trained_by)
+            and not trained_by.parent.resolve().is_relative_to(came_in)
+        )
+        return self.interpreter(None, last=str(trained_by) if known else None)
 
     def suggest(self) -> Suggestion | None:
         return self.suggestion() if self.suggestion and not self.missing() else None
@@ -225,20 +256,33 @@ class LocalBackend(Backend):
         """Return the modules of `requires` that this interpreter lacks."""
         return [name for name in self.requires if importlib.util.find_spec(name) is None]
 
-    def interpreter(self, python: str | None) -> str:
-        """Return the interpreter for this backend's engine: the option, ``DETKIT_PYTHON_<NAME>``, or this one.
+    @property
+    def variable(self) -> str:
+        """The environment variable that names an interpreter for this backend's engine."""
+        return f"DETKIT_PYTHON_{self.name.upper().replace('-', '_')}"
 
-        Raises `UsageError` for one that does not run and `PluginError` when this one lacks what the engine needs.
+    def interpreter(self, python: str | None, *, last: str | None = None) -> str:
+        """Return the interpreter for this backend's engine.
+
+        It is the option, ``DETKIT_PYTHON_<NAME>``, that of the environment that was installed for it, this one if it
+        has what the engine needs, or ``last``. Raises `UsageError` for one that does not run, and `PluginError` when
+        the environment is broken or holds other code than this interpreter, or when none is left.
         """
-        variable = f"DETKIT_PYTHON_{self.name.upper().replace('-', '_')}"
-        chosen, origin = (python, "python=") if python else (os.environ.get(variable), variable)
+        chosen, origin = (python, "python=") if python else (os.environ.get(self.variable), self.variable)
         if not chosen:
-            if self.missing():
-                raise PluginError(
-                    f"backend {self.name!r} needs {', '.join(self.missing())}, which this Python does not have; "
-                    f"install it with `{self.install}`, or name another interpreter with python= or {variable}"
-                )
-            return sys.executable
+            installed = environments.find(self.name) if self.environment else None
+            if installed is not None:
+                installed.check(self.engine)
+                return installed.python
+            if not self.missing():
+                return sys.executable
+            if last is not None:
+                return last
+            install = f"detkit backends install {self.name}" if self.environment else self.install
+            raise PluginError(
+                f"backend {self.name!r} needs {', '.join(self.missing())}, which this Python does not have; "
+                f"install it with `{install}`, or name another interpreter with python= or {self.variable}"
+            )
         found = shutil.which(chosen)
         if found is None:
             raise UsageError(f"{origin} names {chosen!r}, which is no executable; expected the path of a Python")
@@ -255,63 +299,3 @@ def load_engine(reference: str) -> Engine:
     if not isinstance(engine, Engine):
         raise PluginError(f"{reference!r} is no detkit.backends.Engine")
     return engine
-
-
-class WorkerDetector:
-    """A model opened in a process of its own, spoken to over loopback HTTP; one worker serves many images."""
-
-    def __init__(self, python: str, model: Model, options: PredictOptions) -> None:
-        self._process = subprocess.Popen(
-            [python, "-m", "detkit.worker", "--serve", str(model.path.absolute()), _json(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "DETKIT_LEASH": "1"},
-            start_new_session=True,
-        )
-        try:
-            answer = self._read_line()
-            if not answer.get("port"):
-                raise RunFailed(answer.get("error") or "the prediction worker ended before it could load the model")
-        except BaseException:
-            self.close()
-            raise
-        self._client = Client("127.0.0.1", int(answer["port"]))
-
-    def detect(self, images: Sequence[Image]) -> list[Detections]:
-        return self._client.detect(images)
-
-    def close(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        if hasattr(self, "_client"):
-            self._client.close()
-
-    def _read_line(self) -> dict[str, Any]:
-        """Read the worker's first JSON line; other prints of a framework are passed over."""
-        assert self._process.stdout is not None
-        pipe = self._process.stdout.fileno()  # unbuffered: select does not see lines that a buffer already took
-        deadline = time.monotonic() + _WORKER_START_S
-        rest = b""
-        while time.monotonic() < deadline:
-            if not select.select([pipe], [], [], 0.5)[0]:
-                continue
-            new = os.read(pipe, 65536)
-            if not new:
-                return {}
-            *lines, rest = (rest + new).split(b"\n")
-            for line in lines:
-                with contextlib.suppress(msgspec.DecodeError):
-                    answer = msgspec.json.decode(line)
-                    if isinstance(answer, dict):
-                        return answer
-        raise RunFailed(f"the prediction worker did not load the model within {_WORKER_START_S:.0f} s")
-
-
-def _json(value: Any) -> str:
-    return msgspec.json.encode(value).decode()

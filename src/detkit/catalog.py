@@ -66,12 +66,19 @@ def _last() -> Run:
 
 
 def _best() -> Run:
-    finished = [run for run in list_runs() if run.status == "finished" and "val/AP" in run.model.manifest.metrics]
+    finished = [run for run in list_runs() if _has_ap(run)]
     if not finished:
         raise UsageError(f"no finished run in {runs_folder()} has a val/AP")
     images = finished[-1].model.manifest.data["validation"]["digest"]
     comparable = [run for run in finished if run.model.manifest.data["validation"]["digest"] == images]
     return max(comparable, key=lambda run: run.model.manifest.metrics["val/AP"])
+
+
+def _has_ap(run: Run) -> bool:
+    try:
+        return run.status == "finished" and "val/AP" in run.model.manifest.metrics
+    except UsageError:  # a model of another version of detkit
+        return False
 
 
 def _record(path: Path) -> RunRecord:

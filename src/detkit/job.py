@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 import msgspec
 
+import detkit
 from detkit.data import Dataset
 from detkit.errors import RunExists, Stopped, StorageError, UsageError
 from detkit.files import atomic_write, file_sha256, inside, place, write_json
@@ -52,8 +53,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Every effective hyperparameter, defaults included."""
     options: dict[str, Any]
     classes: list[str]
-    version: str = ""
-    """detkit's version in the controller."""
+    versions: dict[str, str] = {}
+    """What the run was started with: detkit, the plugin, and their versions."""
     dropped: dict[str, int] = {}
     """How many boxes ``on_invalid="drop"`` left out, by code of the finding."""
     schema: int = SCHEMA
@@ -250,8 +251,18 @@ class Workspace:
         return "a run that never started" if self.job_file.is_file() else "other files"
 
     def job(self) -> Job:
-        """Read the job, overlaid with the strings of ``input/config/hyperparameters.json`` where a place wrote them."""
-        job = msgspec.json.decode(self.job_file.read_bytes(), type=Job)
+        """Read the job, overlaid with the strings of ``input/config/hyperparameters.json`` where a place wrote them.
+
+        Raises `UsageError` where there is no job, or one of another version of detkit.
+        """
+        try:
+            job = msgspec.json.decode(self.job_file.read_bytes(), type=Job)
+        except FileNotFoundError:
+            raise UsageError(f"{self.path} holds no job: there is no {self.job_file.relative_to(self.path)}") from None
+        except msgspec.DecodeError as error:
+            raise UsageError(
+                f"{self.job_file} was written by another version of detkit, or is damaged: {error}"
+            ) from None
         overlay = self.path / "input/config/hyperparameters.json"
         if not overlay.is_file():
             return job
@@ -346,7 +357,7 @@ class Workspace:
             params=job.params,
             native=trained.native,
             options=job.options,
-            versions={"detkit": job.version, "python": platform.python_version(), **trained.versions},
+            versions={"detkit": detkit.__version__, "python": platform.python_version(), **trained.versions},
             hardware={"machine": platform.machine(), "system": platform.system(), **trained.hardware},
             data=counts,
             weights=trained.weights,

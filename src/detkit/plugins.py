@@ -6,6 +6,7 @@ Two providers of one name are an error that names both.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+import detkit
 from detkit import hookspecs
 from detkit.errors import PluginError, UnknownName
 
@@ -126,6 +128,27 @@ def backend(name: str) -> Backend:
         "backend", name, backends(), "others come as plugins, e.g. pip install detkit-torchvision"
     )
     return found
+
+
+def versions(backend: str) -> dict[str, str]:
+    """Return the version of detkit-sdk, and that of the distribution that offers a backend, where it is known."""
+    backends()
+    found = {"detkit-sdk": detkit.__version__}
+    plugin = registry().providers.get(("backend", backend))
+    for entry in importlib.metadata.entry_points(group=GROUP, name=plugin) if plugin else ():
+        with contextlib.suppress(Exception):  # its metadata is not there, or not whole
+            if entry.dist is not None and entry.dist.version:
+                found[entry.dist.name] = entry.dist.version
+    return found
+
+
+def distribution_of(backend: str) -> str:
+    """Return the name of the distribution whose plugin offers a backend. Raises `PluginError` where there is none."""
+    plugin = registry().providers["backend", backend]
+    found = {entry.dist.name for entry in importlib.metadata.entry_points(group=GROUP, name=plugin) if entry.dist}
+    if len(found) != 1:
+        raise PluginError(f"plugin {plugin!r} of backend {backend!r} belongs to no distribution; install it with pip")
+    return found.pop()
 
 
 def formats() -> Mapping[str, Format]:

@@ -15,18 +15,18 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import msgspec
 
 from detkit.errors import RunFailed, Unsupported, UsageError, WorkerDied
 from detkit.files import write_json
 from detkit.job import SCHEMA, Event, Job, Model, Workspace
+from detkit.processes import Caller, end_group, how_it_ended, last_lines, start_worker
 
 Status: TypeAlias = Literal["running", "finished", "failed", "stopped", "interrupted"]
 """``interrupted`` is a worker that vanished without a word: killed, or the machine went down."""
 
-TAIL_LINES = 20
 _POLL_S = 0.05
 
 
@@ -172,14 +172,7 @@ class LocalRun(Run):
         # What an earlier worker said last must not be taken for the word of this one.
         workspace.log("state", {"state": "starting"})
         with workspace.log_file.open("ab") as log:
-            process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.PIPE if leash else subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **({"DETKIT_LEASH": "1"} if leash else {})},
-                start_new_session=True,  # Ctrl-C reaches only the controller, which then asks the worker to stop
-            )
+            process = start_worker(command, leash=leash, stdout=log, stderr=subprocess.STDOUT)
         run = cls(workspace, restart, process)
         try:
             try:
@@ -195,7 +188,7 @@ class LocalRun(Run):
             )
             write_json(workspace.run_file, record)
         except BaseException:
-            process.kill()
+            end_group(process.pid)
             run._reap()
             raise
         return run
@@ -273,8 +266,8 @@ class LocalRun(Run):
         """Return the last lines that the worker printed."""
         if not self.workspace.log_file.is_file():
             return ""
-        lines = self.workspace.log_file.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-TAIL_LINES:])
+        with self.workspace.log_file.open("rb") as log:
+            return last_lines(log)
 
     def _reap(self) -> None:
         """Collect the ended process, where it is a child of this one, and let go of the leash."""
@@ -292,7 +285,9 @@ class LocalRun(Run):
 
     def _alive(self) -> bool:
         if self._process is not None:
-            return self._process.poll() is None
+            if self._process.returncode is None and self._process.poll() is not None:
+                end_group(self._process.pid)  # a crashed worker's own children would go on
+            return self._process.returncode is None
         import psutil
 
         record = self.record
@@ -305,10 +300,8 @@ class LocalRun(Run):
 
     def _how_it_ended(self) -> str:
         code = None if self._process is None else self._process.returncode
-        if code is None:
-            return "vanished: it was killed, or the machine went down"
-        if code < 0:
-            name = signal.Signals(-code).name
-            hint = "; the system kills processes so when memory runs out" if name == "SIGKILL" else ""
-            return f"was ended by {name}{hint}"
-        return f"ended with exit code {code} and left no reason"
+        states = [event.values["state"] for event in self.events(follow=False) if event.kind == "state"]
+        if self._process is None or code not in range(128) or states[-1:] != ["starting"]:
+            return how_it_ended(code)
+        python = cast("list[str]", self._process.args)[0]
+        return f"{how_it_ended(code, 'started')}; {Caller.here(self.job.backend).expects(python)}"

@@ -6,6 +6,8 @@ A request to ``/invocations`` is one image file (content type ``image/*``), or a
 ``[height, width, 3]`` is raw RGB uint8, one without is an image file as it lies on disk. Pixels are never re-encoded.
 The answer is JSON: ``{"classes": [...], "images": [...]}`` with one `detkit.data.Detections.to_dict` per image.
 
+A worker answers on the socket that it was started with, which nobody but its controller can reach.
+
 Source of the contract: Amazon SageMaker developer guide, "Use Your Own Inference Code with Hosting Services".
 """
 
@@ -15,11 +17,14 @@ import http.client
 import json
 import socket
 import struct
+import traceback
 from collections.abc import Callable, Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
+from typing import Annotated
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from detkit import images
 from detkit.data import Detections
@@ -28,48 +33,76 @@ from detkit.images import Image
 
 CONTENT_TYPE = "application/x-detkit-images"
 
-MAX_REQUEST_BYTES = 1 << 30
-"""Larger requests are refused before they are read."""
+REQUEST_BYTES = 256_000_000
+"""A client sends so much at once; a single image that is larger goes alone."""
 
 
-def encode_images(batch: Sequence[Image], paths: Sequence[str] | None = None) -> bytes:
-    """Pack ``(h, w, 3)`` uint8 images into one request body."""
+class Opened(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a worker prints, as one line, when it has opened a model or could not."""
+
+    error: str
+    """Why the model could not be opened; empty where it was."""
+
+
+class Exported(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a worker prints, as one line, when it has written a model in another format or could not."""
+
+    file: str
+    """The main file."""
+    error: str
+    """Why there is none; empty where there is."""
+
+
+class _Entry(msgspec.Struct):
+    """One image of a request's header."""
+
+    bytes: Annotated[int, Meta(ge=0)]
+    path: str = ""
+    shape: tuple[int, int, int] | None = None
+
+
+class _Header(msgspec.Struct):
+    images: list[_Entry]
+
+
+def encode_images(batch: Sequence[Image], paths: Sequence[str] | None = None) -> list[bytes | memoryview]:
+    """Pack ``(h, w, 3)`` uint8 images into one request body: buffers to send one after the other. Copies no pixels."""
     names = paths or [""] * len(batch)
-    header = json.dumps(
-        {
-            "images": [
-                {"path": name, "bytes": image.nbytes, "shape": image.shape}
-                for image, name in zip(batch, names, strict=True)
-            ]
-        }
-    ).encode()
-    return b"".join([struct.pack("<I", len(header)), header, *(np.ascontiguousarray(i).tobytes() for i in batch)])
+    entries = [
+        _Entry(bytes=image.nbytes, path=name, shape=image.shape) for image, name in zip(batch, names, strict=True)
+    ]
+    header = msgspec.json.encode(_Header(entries))
+    return [struct.pack("<I", len(header)) + header, *(np.ascontiguousarray(i).reshape(-1).data for i in batch)]
 
 
-def decode_images(body: bytes, content_type: str = CONTENT_TYPE) -> tuple[list[Image], list[str]]:
-    """Unpack a request body to images and their paths. Raises `DetkitError` for one that is malformed."""
+def decode_images(
+    body: bytes | bytearray | memoryview, content_type: str = CONTENT_TYPE
+) -> tuple[list[Image], list[str]]:
+    """Unpack a request body to images and their paths. Raises `DetkitError` for one that is malformed.
+
+    The images are views of the body, as writable as it is.
+    """
+    body = memoryview(body)
     if content_type.startswith("image/"):
-        return [images.read_image(body)], [""]
+        return [images.read_image(bytes(body))], [""]
     if content_type != CONTENT_TYPE:
         raise DetkitError(f"content type {content_type!r} is not known; expected image/* or {CONTENT_TYPE}")
+    batch = []
     try:
         (length,) = struct.unpack_from("<I", body)
-        header = json.loads(body[4 : 4 + length])
         at = 4 + length
-        batch, paths = [], []
-        for entry in header["images"]:
-            payload = body[at : at + entry["bytes"]]
-            at += entry["bytes"]
-            if "shape" in entry:
-                batch.append(np.frombuffer(bytearray(payload), dtype=np.uint8).reshape(entry["shape"]))
+        header = msgspec.json.decode(body[4:at], type=_Header)
+        for entry in header.images:
+            if entry.shape is None:
+                batch.append(images.read_image(bytes(body[at : at + entry.bytes]), entry.path))
             else:
-                batch.append(images.read_image(payload, entry.get("path", "")))
-            paths.append(str(entry.get("path", "")))
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+                batch.append(np.frombuffer(body, np.uint8, entry.bytes, at).reshape(entry.shape))
+            at += entry.bytes
+    except (struct.error, ValueError, msgspec.DecodeError) as error:
         raise DetkitError(f"the request is malformed: {error}") from None
     if at != len(body):
         raise DetkitError(f"the request has {len(body)} bytes, its header tells of {at}")
-    return batch, paths
+    return batch, [entry.path for entry in header.images]
 
 
 def encode_detections(found: Sequence[Detections]) -> bytes:
@@ -85,50 +118,93 @@ def decode_detections(body: bytes) -> list[Detections]:
 
 
 class Client:
-    """A connection to one prediction server, kept open between requests."""
+    """One side of a connection, kept open between requests; `serve` is at the other."""
 
-    def __init__(self, host: str, port: int, timeout_s: float = 600.0) -> None:
-        self._connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+    def __init__(self, connected: socket.socket) -> None:
+        self._connection = http.client.HTTPConnection("worker")
+        self._connection.sock = connected
+        self._connection.auto_open = 0
 
     def detect(self, batch: Sequence[Image], paths: Sequence[str] | None = None) -> list[Detections]:
-        """Send images and return their detections, in order. Raises `RunFailed` with the server's reason."""
+        """Send images and return their detections, in order.
+
+        Raises `RunFailed` with the server's reason, and `ConnectionError` where no answer came.
+        """
+        names = paths or [""] * len(batch)
+        found: list[Detections] = []
+        start = size = 0
+        for i, image in enumerate(batch):
+            if i > start and size + image.nbytes > REQUEST_BYTES:
+                found += self._request(batch[start:i], names[start:i])
+                start, size = i, 0
+            size += image.nbytes
+        return found + self._request(batch[start:], names[start:])
+
+    def _request(self, batch: Sequence[Image], paths: Sequence[str]) -> list[Detections]:
+        body = encode_images(batch, paths)
+        headers = {"Content-Type": CONTENT_TYPE, "Content-Length": str(sum(map(len, body)))}
         try:
-            headers = {"Content-Type": CONTENT_TYPE}
-            self._connection.request("POST", "/invocations", encode_images(batch, paths), headers)
+            self._connection.request("POST", "/invocations", body, headers)
             response = self._connection.getresponse()
-            body = response.read()
+            answer = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise RunFailed(f"the prediction worker does not answer: {error or type(error).__name__}") from error
+            self._connection.close()
+            raise ConnectionError(str(error) or type(error).__name__) from error
         if response.status != 200:
-            raise RunFailed(f"the prediction worker answered {response.status}: {body.decode(errors='replace')}")
-        return decode_detections(body)
+            raise RunFailed(msgspec.json.decode(answer)["error"])
+        return decode_detections(answer)
 
     def close(self) -> None:
         self._connection.close()
 
 
-def serve(detect: Callable[[list[Image], list[str]], list[Detections]], server_socket: socket.socket) -> None:
-    """Answer requests on a listening socket until the process ends, one at a time: a model runs one batch at a time."""
+class _Memory:
+    """Memory for one request after the other: pages that are new each time cost as much as sending what fills them."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray(1)
+
+    def take(self, length: int) -> memoryview:
+        """Return so many bytes, never those that somebody still has an image in."""
+        if length > REQUEST_BYTES:  # one image, and too much to keep
+            return memoryview(bytearray(length))
+        try:
+            self._bytes.append(self._bytes.pop())  # refused while anything else looks into it
+            free = len(self._bytes) >= length
+        except BufferError:
+            free = False
+        if not free:
+            self._bytes = bytearray(length or 1)
+        return memoryview(self._bytes)[:length]
+
+
+def serve(detect: Callable[[list[Image], list[str]], list[Detections]], connected: socket.socket) -> None:
+    """Answer requests one at a time, as a model runs one batch at a time, until the other side closes."""
+    memory = _Memory()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
             self._answer(200 if self.path == "/ping" else 404, b"{}")
 
         def do_POST(self) -> None:
-            length = int(self.headers.get("Content-Length", 0))
-            if self.path != "/invocations" or length > MAX_REQUEST_BYTES:
+            if self.path != "/invocations":
                 self.close_connection = True
-                self._answer(404 if self.path != "/invocations" else 413, b"{}")
+                self._answer(404, b"{}")
+                return
+            length = int(self.headers.get("Content-Length", 0))
+            body = memory.take(length)
+            if self.rfile.readinto(body) < length:
+                self.close_connection = True
                 return
             try:
-                batch, paths = decode_images(self.rfile.read(length), self.headers.get("Content-Type", ""))
+                batch, paths = decode_images(body, self.headers.get("Content-Type", ""))
                 self._answer(200, encode_detections(detect(batch, paths)))
             except DetkitError as error:
                 self._answer(400, json.dumps({"error": str(error)}).encode())
             except Exception as error:
+                traceback.print_exc()
                 self._answer(500, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
 
         def _answer(self, status: int, body: bytes) -> None:
@@ -136,12 +212,9 @@ def serve(detect: Callable[[list[Image], list[str]], list[Detections]], server_s
             head = (
                 f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             )
-            self.wfile.write(head.encode() + body)  # one write: header and body in two cost 44 ms a call
+            self.wfile.write(head.encode() + body)
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing; failures travel in the answer."""
 
-    server = HTTPServer(server_socket.getsockname(), Handler, bind_and_activate=False)
-    server.socket.close()
-    server.socket = server_socket
-    server.serve_forever()
+    Handler(connected, "", None)  # type: ignore[arg-type]  # handles until the end; there is no server

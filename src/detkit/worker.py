@@ -1,4 +1,7 @@
-"""``python -m detkit.worker RUN`` trains what a run directory asks for; ``--serve MODEL OPTIONS`` answers predictions.
+"""``python -m detkit.worker RUN [CALLER]`` trains what a run directory asks for.
+
+``--serve MODEL OPTIONS CALLER`` answers predictions, ``--export MODEL FORMAT FOLDER CALLER`` writes a model anew.
+``CALLER`` is a `detkit.processes.Caller` as JSON; in a container, nobody calls.
 
 A local process, a process of another virtual environment and a container all run this. What this module imports is
 small on purpose: the standard library, numpy, pillow, msgspec and pluggy, on Python 3.10 and later.
@@ -7,6 +10,8 @@ small on purpose: the standard library, numpy, pillow, msgspec and pluggy, on Py
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import multiprocessing
 import os
 import signal
 import socket
@@ -16,7 +21,9 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import msgspec
 
@@ -26,7 +33,8 @@ from detkit.data import Detections
 from detkit.errors import DetkitError, Stopped, UsageError
 from detkit.images import Image
 from detkit.job import Model, Workspace
-from detkit.wire import serve
+from detkit.processes import Caller, end_group
+from detkit.wire import Exported, Opened, serve
 
 LEASH_GRACE_S = 10.0
 """How long a worker may take to stop cleanly after its controller is gone."""
@@ -35,27 +43,27 @@ LEASH_GRACE_S = 10.0
 def main(arguments: list[str]) -> int:
     """Run the worker; returns the process's exit code."""
     if arguments[:1] == ["--serve"]:
-        return serve_model(arguments[1], arguments[2] if len(arguments) > 2 else "{}")
-    return train(Workspace(arguments[0]))
+        return serve_model(*arguments[1:])
+    if arguments[:1] == ["--export"]:
+        return export_model(*arguments[1:])
+    return train(Workspace(arguments[0]), *arguments[1:])
 
 
-def train(workspace: Workspace) -> int:
+def train(workspace: Workspace, caller: str = "") -> int:
     """Do the job of a run directory. A failure's reason ends up in ``output/failure``, never only in a log."""
 
     def request_stop(signum: int = 0, frame: FrameType | None = None) -> None:
         workspace.stop_requested = True
 
     signal.signal(signal.SIGTERM, request_stop)
-    signal.signal(signal.SIGINT, request_stop)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell's background job shall not hear of Ctrl-C
+        signal.signal(signal.SIGINT, request_stop)
     hold_leash(request_stop)
     started = time.time()
     try:
+        if caller:
+            refuse_other_versions(caller)
         job = workspace.job()
-        if job.version != detkit.__version__:
-            raise UsageError(
-                f"the controller is detkit {job.version}, the worker in {sys.executable} is {detkit.__version__}; "
-                "install the same version in both"
-            )
         workspace.log("state", {"state": "running", "python": sys.executable})
         trained = load_engine(job.engine).train(job, workspace)
         workspace.finish(job, trained, started=started)
@@ -63,43 +71,83 @@ def train(workspace: Workspace) -> int:
     except Stopped:
         workspace.log("state", {"state": "stopped"})
     except BaseException as error:
-        if isinstance(error, DetkitError):
-            workspace.fail(str(error))
-        else:
-            workspace.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
+        workspace.fail(*_reason(error))
         with contextlib.suppress(OSError):  # the log may lie on a disk that is full
             traceback.print_exc()
         return error.exit_code if isinstance(error, DetkitError) else 3
     return 0
 
 
-def serve_model(path: str, options: str) -> int:
-    """Load a model, print ``{"port": N}`` as one line, and answer requests until standard input closes."""
-    hold_leash(lambda: os._exit(0))
+def serve_model(path: str, options: str, caller: str) -> int:
+    """Load a model, say so on standard output with an `Opened` as one line, and answer requests.
+
+    ``options`` is a `PredictOptions`, as JSON. Standard output is a socket, and the requests come on it.
+    """
+    output = os.dup(1)
+    os.dup2(2, 1)  # whatever a framework prints is no answer
+    hold_leash(end_at_once)
     try:
+        refuse_other_versions(caller)
         model = Model(path)
-        detector = load_engine(model.manifest.engine).load(
-            model, msgspec.json.decode(options.encode(), type=PredictOptions)
-        )
-    except Exception as error:
+        detector = load_engine(model.manifest.engine).load(model, msgspec.json.decode(options, type=PredictOptions))
+        opened = Opened(error="")
+    except BaseException as error:
         traceback.print_exc()
-        print(msgspec.json.encode({"error": str(error)}).decode(), flush=True)
+        opened = Opened(error="\n".join(filter(None, _reason(error))))
+    os.write(output, msgspec.json.encode(opened) + b"\n")
+    if opened.error:
         return 3
 
     def detect(batch: list[Image], paths: list[str]) -> list[Detections]:
         found = detector.detect(batch)
         return [replace(one, path=path) for one, path in zip(found, paths, strict=True)]
 
-    listening = socket.create_server(("127.0.0.1", 0))
-    print(msgspec.json.encode({"port": listening.getsockname()[1]}).decode(), flush=True)
-    os.dup2(2, 1)  # nobody reads the pipe from here on; a framework that prints would fill it and hang
-    serve(detect, listening)
+    serve(detect, socket.socket(fileno=output))
     return 0
+
+
+def export_model(path: str, format: str, folder: str, caller: str) -> int:
+    """Write a model in another format, say so on standard output with an `Exported` as one line."""
+    output = os.dup(1)
+    os.dup2(2, 1)
+    hold_leash(end_at_once)
+    try:
+        refuse_other_versions(caller)
+        model = Model(path)
+        exported = Exported(file=str(load_engine(model.manifest.engine).export(model, format, Path(folder))), error="")
+    except BaseException as error:
+        traceback.print_exc()
+        exported = Exported(file="", error="\n".join(filter(None, _reason(error))))
+    os.write(output, msgspec.json.encode(exported) + b"\n")
+    return 3 if exported.error else 0
+
+
+def refuse_other_versions(caller: str) -> None:
+    """Raise `UsageError` unless detkit, and the plugin, have the same version here as where the caller is."""
+    asking = msgspec.json.decode(caller, type=Caller)
+    for name, version in asking.versions.items():
+        here = detkit.__version__ if name == "detkit-sdk" else _version_here(name)
+        if here != version:
+            raise UsageError(asking.expects(sys.executable, found=f"{name} {here}" if here else f"no {name}"))
+
+
+def _version_here(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _reason(error: BaseException) -> tuple[str, str]:
+    """Return the message of a failure and, where detkit does not explain it, the traceback."""
+    if isinstance(error, DetkitError):
+        return str(error), ""
+    return f"{type(error).__name__}: {error}", traceback.format_exc()
 
 
 def hold_leash(let_go: Callable[[], object]) -> None:
     """Where ``DETKIT_LEASH`` is set, watch standard input: its end means that the controller is gone."""
-    if os.environ.get("DETKIT_LEASH") != "1":
+    if os.environ.pop("DETKIT_LEASH", "") != "1":  # it is not that of what this process starts
         return
 
     def watch() -> None:
@@ -107,10 +155,30 @@ def hold_leash(let_go: Callable[[], object]) -> None:
             pass
         let_go()
         time.sleep(LEASH_GRACE_S)
-        os._exit(1)
+        end_at_once()
 
     threading.Thread(target=watch, daemon=True, name="leash").start()
 
 
+def end_at_once() -> None:
+    """End this process and all that it started; a leash means that the group is its own."""
+    end_group(os.getpgrp())
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without the clean-up of its frameworks, which crashes in some when all is done and written."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+def run() -> NoReturn:
+    """Do what the command line says and leave."""
+    _leave(main(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import detkit
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -26,7 +28,11 @@ def test_models(cli: Any, tmp_path: Path) -> None:
 def test_list(cli: Any, tmp_path: Path) -> None:
     found = cli("backends", "ls", "--json", cwd=tmp_path).json
     (echo,) = [record for record in found["backends"] if record["name"] == "echo"]
-    assert set(echo) == {"name", "summary", "models", "plugin", "missing", "install"}
+    assert set(echo) == {
+        *("name", "summary", "models", "plugin", "missing", "install"),
+        *("python", "environment", "problem"),
+    }
+    assert (echo["python"], echo["environment"], echo["problem"]) == (sys.executable, None, "")
     assert (echo["plugin"], echo["missing"]) == ("echo", [])
 
 
@@ -71,7 +77,35 @@ def test_doctor_asks_other_interpreters(cli: Any, tmp_path: Path) -> None:
     empty.write_text("#!/bin/sh\nexit 1\n")
     empty.chmod(0o755)
     done = cli("doctor", "--json", cwd=tmp_path, DETKIT_PYTHON_ECHO=str(empty))
-    assert any("cannot import detkit" in problem for problem in done.json["problems"])
+    assert any("cannot run the engine of backend 'echo'" in problem for problem in done.json["problems"])
+    (problem,) = cli("backends", "doctor", "echo", "--json", cwd=tmp_path, DETKIT_PYTHON_ECHO=str(empty)).json[
+        "problems"
+    ]
+    assert f"expected detkit-sdk {detkit.__version__} and detkit-echo " in problem
+    assert f"in {empty}: type `{empty} -m pip install detkit-sdk==" in problem
+
+
+def test_environments_of_their_own(cli: Any, tmp_path: Path) -> None:
+    """What test_environments.py does not need an environment for."""
+    here = {"cwd": tmp_path, "DETKIT_ENVIRONMENTS": str(tmp_path / "environments")}
+    assert cli("backends", "list", **here).out == cli("backends", "ls", **here).out
+    assert cli("backends", "doctor", **here).out == "no backend has an environment of its own\n"
+    outside = cli("backends", "remove", "../x", **here)
+    assert (outside.code, "no environment '../x'" in outside.err) == (2, True)
+    refused = cli("backends", "install", "echo", **here)
+    assert (refused.code, "declares no environment of its own" in refused.err) == (2, True)
+    unknown = cli("backends", "install", "ecco", **here)
+    assert (unknown.code, "did you mean 'echo'" in unknown.err) == (2, True)
+    assert not (tmp_path / "environments").exists()
+    (tmp_path / "environments").mkdir()
+    (tmp_path / "environments/gone.json").write_text("{}")
+    left = cli("backends", "doctor", "--json", **here)
+    assert (left.code, left.json["problems"]) == (
+        1,
+        ["no plugin offers 'gone'; `detkit backends remove gone` removes its environment"],
+    )
+    assert cli("backends", "remove", "gone", "--json", **here).json == {"removed": "gone"}
+    assert cli("backends", "doctor", **here).code == 0
 
 
 def test_new_backend_passes_the_suite(cli: Any, data: Path, tmp_path: Path) -> None:

@@ -16,6 +16,20 @@ def test_list(cli: Any, trained: Path, tmp_path: Path) -> None:
     assert cli("runs", "ls", "--json", cwd=tmp_path).json == []
 
 
+def test_run_of_another_version(cli: Any, trained: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        shutil.copytree(trained / "runs/first", tmp_path / f"runs/{name}")
+    job = tmp_path / "runs/second/input/data/job/job.json"
+    job.write_text(job.read_text().replace('"engine"', '"motor"'))
+    listed = cli("runs", "ls", "--json", cwd=tmp_path)
+    assert (listed.code, [Path(record["run"]).name for record in listed.json]) == (0, ["first"])
+    (line,) = listed.err.splitlines()
+    assert line.startswith("warning: run runs/second is left out: ")
+    shown = cli("runs", "show", "second", cwd=tmp_path)
+    assert (shown.code, f"{job} was written by another version of detkit" in shown.err) == (2, True)
+    assert cli("runs", "rm", "second", "--yes", cwd=tmp_path).code == 0
+
+
 def test_show(cli: Any, trained: Path) -> None:
     shown = cli("runs", "show", "first", "--json", cwd=trained).json
     assert shown["params"]["epochs"] == 3

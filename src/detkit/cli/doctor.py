@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import detkit
-from detkit.cli import messages
+from detkit.cli import backends, messages
 from detkit.cli.runs import Json
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _ASK_S = 30
 def doctor(as_json: Json = False) -> None:
     """Look at this machine and this installation. Leaves with 1 where something is broken, and says what to do."""
     plugins, problems = _plugins()
-    backends = [_backend(one, problems) for one in plugins.pop("found").values()]
+    examined = [_backend(one, problems) for one in plugins.pop("found").values()]
     if _foreign_detkit():
         problems.append(
             "the distribution 'detkit' is installed and it is not this project, which is 'detkit-sdk'; both write the "
@@ -37,7 +37,7 @@ def doctor(as_json: Json = False) -> None:
         "platform": platform.platform(),
         **_machine(),
         **plugins,
-        "backends": backends,
+        "backends": examined,
         "problems": problems,
     }
     if as_json:
@@ -84,35 +84,10 @@ def _plugins() -> tuple[dict[str, Any], list[str]]:
 
 def _backend(backend: "Backend", problems: list[str]) -> dict[str, Any]:
     """Tell whether a backend could train here; what stands in the way joins the problems."""
-    from detkit.backends import LocalBackend
-    from detkit.errors import DetkitError
-
-    record: dict[str, Any] = {"name": backend.name, "ready": True, "python": None, "missing": [], "install": ""}
-    if not isinstance(backend, LocalBackend):
-        return record
-    record |= {"missing": backend.missing(), "install": backend.install}
-    try:
-        python = record["python"] = backend.interpreter(None)
-    except DetkitError as error:
-        problem = str(error)
-    else:
-        problem = "" if python == sys.executable else _foreign_python(backend.name, python)
-    if problem:
-        record["ready"] = False
-        problems.append(problem)
-    return record
-
-
-def _foreign_python(name: str, python: str) -> str:
-    """Return what is wrong with another interpreter: it must hold the same detkit."""
-    asked = [python, "-c", "import detkit; print(detkit.__version__)"]
-    try:
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=_ASK_S, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"backend {name!r}: {python} cannot import detkit ({error}); install detkit-sdk and the plugin there"
-    if answer != detkit.__version__:
-        return f"backend {name!r}: {python} has detkit {answer}, this one is {detkit.__version__}; install the same"
-    return ""
+    record = backends.examine(backend, deeply=True)
+    if record["problem"]:
+        problems.append(record["problem"])
+    return {**record, "ready": not record["problem"]}
 
 
 def _foreign_detkit() -> bool:
@@ -166,7 +141,9 @@ def _print(record: dict[str, Any]) -> None:
         offers = ", ".join(plugin["offers"]) or "nothing"
         print(f"plugin    {plugin['name']} ({plugin['distribution']} {plugin['version']}): {offers}")
     for backend in record["backends"]:
-        print(f"backend   {backend['name']}: {'ready' if backend['ready'] else 'not ready'}")
+        own = backend["environment"] is not None and backend["python"] in {backend["environment"].python, None}
+        place = f" in an environment of its own, {backend['environment'].python}" if own else ""
+        print(f"backend   {backend['name']}: {'ready' if backend['ready'] else 'not ready'}{place}")
     for problem in record["problems"]:
         print(f"problem   {problem}")
     print(f"{len(record['problems'])} problem(s)" if record["problems"] else "nothing is broken")

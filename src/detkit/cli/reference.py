@@ -29,7 +29,8 @@ def fill(page: str) -> str:
 def _commands(path: str, command: Any) -> Iterator[str]:
     if hasattr(command, "commands"):
         for name, child in command.commands.items():
-            yield from _commands(f"{path} {name}", child)
+            if not child.hidden:
+                yield from _commands(f"{path} {name}", child)
         return
     given = [parameter for parameter in command.params if "--help" not in parameter.opts]
     words = [parameter for parameter in given if parameter.param_type_name == "argument"]

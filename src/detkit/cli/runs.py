@@ -66,8 +66,14 @@ def print_summary(run: "Run") -> None:
 def list_runs(as_json: Json = False) -> None:
     """List the runs under `runs/` (or `DETKIT_RUNS`), the one started last at the end."""
     from detkit import catalog
+    from detkit.errors import UsageError
 
-    records = [describe(run) for run in catalog.list_runs()]
+    records = []
+    for run in catalog.list_runs():
+        try:
+            records.append(describe(run))
+        except UsageError as error:  # of another version of detkit; the others are still of use
+            messages.tell(f"warning: run {messages.shown(run.path)} is left out: {error}")
     if as_json:
         messages.print_json(records)
         return

@@ -30,8 +30,9 @@ import pytest
 from detkit import plugins
 from detkit.backends import API, LocalBackend
 from detkit.data import Detections
-from detkit.errors import DetkitError, RunExists, RunFailed
+from detkit.errors import DetkitError, RunExists, RunFailed, Unsupported
 from detkit.evaluation import evaluate
+from detkit.exporting import export
 from detkit.files import file_sha256
 from detkit.io import read_dataset
 from detkit.params import CANONICAL
@@ -79,7 +80,8 @@ class BackendTests:
         """Keep the user's ``detkit.yaml`` and ``DETKIT_*`` away; where interpreters and weights lie stays known."""
         monkeypatch.chdir(tmp_path)
         for name in list(os.environ):
-            if name.startswith("DETKIT_") and not name.startswith(("DETKIT_PYTHON_", "DETKIT_CACHE", "DETKIT_VERIFY_")):
+            kept = ("DETKIT_PYTHON_", "DETKIT_ENVIRONMENTS", "DETKIT_CACHE", "DETKIT_VERIFY_")
+            if name.startswith("DETKIT_") and not name.startswith(kept):
                 monkeypatch.delenv(name)
 
     @pytest.fixture(scope="class")
@@ -286,6 +288,19 @@ class BackendTests:
         for name, artifact in manifest.artifacts.items():
             assert artifact.sha256 == file_sha256(on_disk[name])
             assert artifact.bytes == on_disk[name].stat().st_size
+
+    def test_exports_what_it_declares(self, jobs: Jobs, tmp_path: Path) -> None:
+        """Every declared format is written into a folder that need not be there; others are refused by name."""
+        declared = plugins.backend(self.backend).formats
+        for name in declared:
+            main = export(jobs.base, name, tmp_path / "deep" / name)
+            assert main.is_file()
+            assert main.parent == tmp_path / "deep" / name
+            again = {path.name: path.stat().st_size for path in main.parent.iterdir()}
+            assert export(jobs.base, name, main.parent) == main, "an export can be repeated"
+            assert {path.name: path.stat().st_size for path in main.parent.iterdir()} == again
+        with pytest.raises(Unsupported, match="papyrus"):
+            export(jobs.base, "papyrus", tmp_path)
 
     def test_used_directory_is_refused(self, jobs: Jobs) -> None:
         with pytest.raises(RunExists):
