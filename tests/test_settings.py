@@ -8,7 +8,7 @@ import pytest
 
 from detkit import Trainer
 from detkit.errors import DetkitError, InvalidData, InvalidValue, UnknownName
-from detkit.params import INSTEAD
+from detkit.params import INSTEAD, Epochs, Iterations, Params, Weights, nullable
 from detkit.settings import Setting, Settings
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -28,6 +28,19 @@ def test_the_stronger_layer_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert rows(Trainer(seed=3))["seed"] == (3, "the constructor")
     assert rows(Trainer(seed=3), seed=4)["seed"] == (4, "the call")
     assert rows(Trainer(seed=3), seed=None)["seed"] == (3, "the constructor")
+
+
+def test_none_is_a_value_where_the_parameter_admits_it() -> None:
+    class Mine(Params, frozen=True, kw_only=True):
+        epochs: Epochs | None = 12
+        iterations: Iterations | None = None
+        learning_rate: float = 0.1
+        weights: Weights = "auto"
+
+    assert nullable(Mine) == {"weights"}, "of epochs and iterations one has a value"
+    layers = Settings({"weights": None, "learning_rate": None}, {"weights": "coco", "learning_rate": 0.2})
+    chosen = layers.choose(Mine.__struct_fields__, INSTEAD, nullable(Mine))
+    assert chosen == {"weights": Setting(None, "the call"), "learning_rate": Setting(0.2, "the constructor")}
 
 
 def test_file_is_found_upward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +20,12 @@ class Setting(NamedTuple):
 
 
 class Settings:
-    """Layers of plain settings, the strongest first. Values that are None in a call count as not given."""
+    """Layers of plain settings, the strongest first. None in a call counts as not given, but see `choose`."""
 
     def __init__(self, call: Mapping[str, Any], constructor: Mapping[str, Any]) -> None:
         self._layers = [
-            {name: Setting(value, "the call") for name, value in call.items() if value is not None},
-            {name: Setting(value, "the constructor") for name, value in constructor.items() if value is not None},
+            {name: Setting(value, "the call") for name, value in call.items()},
+            {name: Setting(value, "the constructor") for name, value in constructor.items()},
         ]
         self._file = find_file()
         self._from_file = read_file(self._file) if self._file else {}
@@ -34,10 +34,10 @@ class Settings:
         """Return the strongest setting of a name, or None."""
         return self._find(name)[1]
 
-    def _find(self, name: str) -> tuple[int, Setting | None]:
+    def _find(self, name: str, none_counts: bool = False) -> tuple[int, Setting | None]:
         """Return the strongest setting of a name and its layer's number, 0 for the call."""
         for number, layer in enumerate(self._layers):
-            if name in layer:
+            if name in layer and (none_counts or layer[name].value is not None):
                 return number, layer[name]
         variable = f"DETKIT_{name.upper()}"
         if variable in os.environ:
@@ -49,15 +49,20 @@ class Settings:
     def written(self) -> dict[str, Setting]:
         """Return every setting that somebody wrote down by hand; environment variables are looked up by name only."""
         from_file = {name: Setting(value, str(self._file)) for name, value in self._from_file.items()}
-        return {**from_file, **self._layers[1], **self._layers[0]}
+        given = ((name, setting) for layer in reversed(self._layers) for name, setting in layer.items())
+        return {**from_file, **{name: setting for name, setting in given if setting.value is not None}}
 
-    def choose(self, names: Iterable[str], instead: Mapping[str, str]) -> dict[str, Setting]:
+    def choose(
+        self, names: Iterable[str], instead: Mapping[str, str], nullable: Collection[str] = ()
+    ) -> dict[str, Setting]:
         """Return the strongest setting of each of the names that has one.
+
+        For the ``nullable`` names None is a value: ``weights=None`` in a call means none, whatever the default is.
 
         Of two names that exclude each other (``instead``) the one from the stronger layer is taken; both remain where
         they come from the same layer, for whoever checks them to complain.
         """
-        found = {name: self._find(name) for name in names}
+        found = {name: self._find(name, name in nullable) for name in names}
         for pair in instead.items():
             if all(name in found for name in pair):
                 one, other = sorted(pair, key=lambda name: found[name][0])

@@ -13,22 +13,23 @@ from typing import Any, Literal
 
 import msgspec
 
-import detkit
 from detkit import catalog, plugins
 from detkit.backends import Backend, LocalBackend, ModelSpec
 from detkit.channels import divide, leaks, prepare_all, remarks, without_copies
 from detkit.data import Dataset
+from detkit.dialects import Note, refuse, typed
 from detkit.errors import MissingSettings, UnknownName, Unsupported, UsageError, did_you_mean
 from detkit.files import place
 from detkit.formats.findings import Prepared
 from detkit.job import Job, Model, Workspace
 from detkit.live import follow
-from detkit.params import INSTEAD, Options, Params, describe, set_fields
+from detkit.params import INSTEAD, Options, Params, describe, nullable, set_fields
 from detkit.predictor import find_model
+from detkit.rehearsal import Rehearsal, refuse_contradictions, rehearse, weights_by_path
 from detkit.runs import Run
 from detkit.settings import Setting, Settings
 
-OWN_SETTINGS = ("model", "backend", "train", "val", "test", "name", "on_invalid")
+OWN_SETTINGS = ("model", "backend", "like", "train", "val", "test", "name", "on_invalid")
 """Settings that the trainer itself understands; all others are parameters and options of the backend."""
 
 
@@ -53,10 +54,15 @@ class Explanation:
     reason: str
     """Why this model, where it was chosen automatically."""
     rows: tuple[Row, ...]
+    like: str = ""
+    """Whose hyperparameters were given, if another tool's."""
+    notes: tuple[Note, ...] = ()
+    """What each of those becomes here."""
 
     def to_dict(self) -> dict[str, Any]:
-        rows = [msgspec.structs.asdict(row) for row in self.rows]
-        return {"backend": self.backend, "model": self.model, "reason": self.reason, "settings": rows}
+        rows, notes = ([msgspec.structs.asdict(row) for row in found] for found in (self.rows, self.notes))
+        about = {"backend": self.backend, "model": self.model, "reason": self.reason, "like": self.like}
+        return {**about, "hyperparameters": notes, "settings": rows}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,7 @@ class _Resolved:
     options: Options
     origins: Mapping[str, str]
     reason: str
+    rehearsal: Rehearsal | None = None
 
 
 class Trainer:
@@ -75,6 +82,9 @@ class Trainer:
 
     Every setting may also come from the call, from ``DETKIT_<NAME>`` in the environment, or from a ``detkit.yaml`` in
     the current folder or above it. A setting that the backend does not know raises before anything heavy is imported.
+
+    With ``like``, the settings are the hyperparameters of another tool, e.g. ``like="sagemaker-object-detection",
+    mini_batch_size=16``; `explain` shows what each becomes. What cannot be had here is refused before anything starts.
     """
 
     def __init__(
@@ -82,6 +92,7 @@ class Trainer:
         *,
         model: str | None = None,
         backend: str | None = None,
+        like: str | None = None,
         train: Dataset | str | Path | None = None,
         val: Dataset | str | Path | None = None,
         test: Dataset | str | Path | None = None,
@@ -89,8 +100,8 @@ class Trainer:
         on_invalid: Literal["raise", "drop"] | None = None,
         **settings: Any,
     ) -> None:
-        own = {"model": model, "backend": backend, "train": train, "val": val, "test": test, "name": name}
-        self._constructor: dict[str, Any] = {**own, "on_invalid": on_invalid, **settings}
+        own = {"model": model, "backend": backend, "like": like, "train": train, "val": val, "test": test}
+        self._constructor: dict[str, Any] = {**own, "name": name, "on_invalid": on_invalid, **settings}
 
     def fit(
         self,
@@ -124,6 +135,8 @@ class Trainer:
         call = {"train": train, "val": val, "test": test, "name": name, **settings}
         layers = Settings(call, self._constructor)
         resolved = _resolve(layers)
+        if resolved.rehearsal is not None:
+            refuse(resolved.rehearsal.dialect, resolved.rehearsal.notes)
         if layers.get("train") is None:
             raise MissingSettings([("train", "the folder of your images and annotations")])
         resolved.backend.require(resolved.model, resolved.params, resolved.options)
@@ -142,6 +155,8 @@ class Trainer:
         if not len(prepared["train"].data.boxes):
             raise UsageError("the training images have no boxes; there is nothing to learn")
         told += leaks(prepared, parent)
+        if resolved.rehearsal is not None:
+            told = [*_tell(resolved.rehearsal, prepared), *told]
         params = _with_auto_detections(params, prepared["train"].data)
         name_setting = layers.get("name")
         workspace = Workspace(catalog.new_run_path(resolved.model, name_setting.value if name_setting else None))
@@ -155,7 +170,7 @@ class Trainer:
             params=msgspec.to_builtins(params),
             options=msgspec.to_builtins(resolved.options),
             classes=list(classes),
-            version=detkit.__version__,
+            versions=plugins.versions(resolved.backend.name),
             dropped=dict(dropped),
         )
         workspace.create(job)
@@ -189,8 +204,14 @@ class Trainer:
             for kind, struct in (("parameter", resolved.params), ("option", resolved.options))
             for name, value in msgspec.structs.asdict(struct).items()
         ]
+        rehearsal = resolved.rehearsal
         return Explanation(
-            backend=resolved.backend.name, model=resolved.model, reason=resolved.reason, rows=tuple(rows)
+            backend=resolved.backend.name,
+            model=resolved.model,
+            reason=resolved.reason,
+            rows=tuple(rows),
+            like=rehearsal.dialect.name if rehearsal else "",
+            notes=rehearsal.notes if rehearsal else (),
         )
 
 
@@ -207,27 +228,46 @@ def watch(run: Run, *, quiet: bool = False, since: int = 0) -> Run:
 
 def _resolve(layers: Settings) -> _Resolved:
     """Find backend and model, route every other setting to parameters or options, and check them."""
-    model, backend, reason = _choose(layers.get("model"), layers.get("backend"))
+    rehearsal = rehearse(layers)
+    if rehearsal is None:
+        model, backend, reason = _choose(layers.get("model"), layers.get("backend"))
+    else:
+        model, backend, reason = rehearsal.model, rehearsal.backend, ""
     spec = backend.spec(model)
-    param_names = spec.params.__struct_fields__
+    theirs = rehearsal.params.__struct_fields__ if rehearsal else ()
+    param_names = [name for name in spec.params.__struct_fields__ if name not in theirs]
     option_names = backend.options.__struct_fields__
+    known = [*theirs, *param_names, *option_names, *OWN_SETTINGS]
     for name, setting in layers.written().items():
-        if name not in {*OWN_SETTINGS, *param_names, *option_names}:
-            known = [*param_names, *option_names, *OWN_SETTINGS]
-            raise UnknownName(f"setting of {backend.name}/{model} (given in {setting.origin})", name, known)
-    given_params, given_options = layers.choose(param_names, INSTEAD), layers.choose(option_names, {})
-    weights = given_params.get("weights")
-    if weights is not None and isinstance(weights.value, (Run, Model)):
-        given_params["weights"] = Setting(str(find_model(weights.value).path), weights.origin)
-    elif weights is not None and isinstance(weights.value, Path):
-        given_params["weights"] = Setting(str(weights.value), weights.origin)
+        if name not in known:
+            like = f" like {rehearsal.dialect.name}" if rehearsal else ""
+            hint = rehearsal.dialect.hints.get(name, "") if rehearsal else ""
+            raise UnknownName(f"setting of {backend.name}/{model}{like} (given in {setting.origin})", name, known, hint)
+    given_params = layers.choose(param_names, INSTEAD, nullable(type(spec.params)))
+    given_options = layers.choose(option_names, {})
+    if "weights" in given_params:
+        given_params["weights"] = weights_by_path(given_params["weights"])
     origins = {name: setting.origin for name, setting in {**given_params, **given_options}.items()}
-    params = set_fields(spec.params, {n: s.value for n, s in given_params.items()}, kind="parameter", origins=origins)
+    values = {name: setting.value for name, setting in given_params.items()}
+    params = set_fields(spec.params, values, kind="parameter", origins=origins)
+    if rehearsal is not None:
+        said = rehearsal.said
+        origins |= {name: rehearsal.notes_on(name)[-1].name or rehearsal.dialect.name for name in said}
+        translated = set_fields(spec.params, said, kind="parameter", origins=origins)
+        refuse_contradictions(given_params, params, layers.get("model"), translated, rehearsal)
+        params = set_fields(spec.params, {**values, **said}, kind="parameter", origins=origins)
     options = set_fields(
         backend.options(), {n: s.value for n, s in given_options.items()}, kind="option", origins=origins
     )
     return _Resolved(
-        backend=backend, model=model, spec=spec, params=params, options=options, origins=origins, reason=reason
+        backend=backend,
+        model=model,
+        spec=spec,
+        params=params,
+        options=options,
+        origins=origins,
+        reason=reason,
+        rehearsal=rehearsal,
     )
 
 
@@ -290,6 +330,17 @@ def _with_parent(params: Params, resolved: _Resolved) -> tuple[Params, Model | N
     return msgspec.structs.replace(params, weights=str(parent.path.absolute())), parent
 
 
+def _tell(rehearsal: Rehearsal, prepared: Mapping[str, Prepared]) -> list[str]:
+    """Compare the hyperparameters with the data; return what is not the same here, and what the data has to say."""
+    dialect, notes = rehearsal.dialect, rehearsal.notes
+    channels = {name: ready.data for name, ready in prepared.items()}
+    found = dialect.check(rehearsal.params, channels) if dialect.check else ()
+    refuse(dialect, found)
+    without_effect = [note for note in notes if note.fidelity == "unused" and note.origin != "default"]
+    approximate = [note for note in notes if note.fidelity == "approximate"]
+    return [str(note) for note in (*approximate, *without_effect, *found)]
+
+
 def _lay_out(workspace: Workspace, prepared: Mapping[str, Prepared], parent: Model | None) -> None:
     for channel, ready in prepared.items():
         workspace.write_dataset(channel, ready.data, ready.image_digests)
@@ -302,8 +353,22 @@ def _announce(workspace: Workspace, resolved: _Resolved, told: list[str], leash:
     life = "ends with this process" if leash else "goes on when this process ends; attach to it by its directory"
     shown = os.path.relpath(workspace.path)
     first = f"model {resolved.backend.name}/{resolved.model}" + (f": {resolved.reason}" if resolved.reason else "")
-    for message in (first, f"run {shown}; the worker {life}", *told):
-        workspace.log("log", {"message": message})
+    events: list[dict[str, float | str]] = [{"message": first}, {"message": f"run {shown}; the worker {life}"}]
+    if resolved.rehearsal is not None:
+        events.append(_request(resolved.rehearsal))
+    events += [{"message": message} for message in told]
+    for values in events:
+        workspace.log("log", values)
+
+
+def _request(rehearsal: Rehearsal) -> dict[str, float | str]:
+    """Return the event that keeps what was asked for: the given hyperparameters to read, all of them to compare."""
+    given = typed({note.name: note.value for note in rehearsal.notes if note.origin != "default"})
+    return {
+        "message": f"like {rehearsal.dialect.name}, given {given or 'nothing'}; its defaults for the rest",
+        "like": rehearsal.dialect.name,
+        "hyperparameters": msgspec.json.encode(rehearsal.params).decode(),
+    }
 
 
 def _one_of(name: str, setting: Setting | None, allowed: tuple[Any, ...], default: Any) -> Any:

@@ -50,6 +50,8 @@ def test_json_is_all_there_is_on_standard_output(cli: Any, data: Path, tmp_path:
         (["--format", "cocoa"], "did you mean 'coco'"),
         (["more", "and/more"], "3 data sets"),
         (["--resume", "x"], "leave out"),
+        (["--like", "sagemaker"], "no dialect of backend 'echo' 'sagemaker'"),
+        (["like=sagemaker"], "write `--like sagemaker`"),
     ],
 )
 def test_wrong_use(words: list[str], message: str, cli: Any, data: Path, tmp_path: Path) -> None:
@@ -141,7 +143,8 @@ def test_ctrl_c_leaves_an_attached_run_alone(cli: Any, data: Path, tmp_path: Pat
 def test_explain_shows_where_values_come_from(cli: Any, tmp_path: Path) -> None:
     words = ("explain", *ECHO, "--device", "cpu", "learning_rate=0.1")
     found = cli(*words, "--json", cwd=tmp_path, DETKIT_SEED="3").json
-    assert (found["backend"], found["model"]) == ("echo", "memory")
+    assert set(found) == {"backend", "model", "reason", "like", "hyperparameters", "settings"}
+    assert (found["backend"], found["model"], found["like"], found["hyperparameters"]) == ("echo", "memory", "", [])
     rows = {row["name"]: row for row in found["settings"]}
     assert set(rows["seed"]) == {"name", "value", "origin", "kind", "native", "description"}
     assert (rows["seed"]["value"], rows["seed"]["origin"]) == (3, "DETKIT_SEED")

@@ -10,12 +10,21 @@ from detkit.cli.words import Words, sort_words
 
 if TYPE_CHECKING:
     from detkit.runs import Run
+    from detkit.trainer import Explanation
 
 ModelName = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="`backend/model`, see `detkit models`; chosen if absent.")
 ]
 BackendName = Annotated[
     str | None, typer.Option("--backend", metavar="BACKEND", help="Who trains it, where the model does not tell.")
+]
+Like = Annotated[
+    str | None,
+    typer.Option(
+        "--like",
+        metavar="DIALECT",
+        help="Whose hyperparameters are given, if another tool's, such as `sagemaker-object-detection`.",
+    ),
 ]
 
 
@@ -35,6 +44,7 @@ def train(
     ] = None,
     model: ModelName = None,
     backend: BackendName = None,
+    like: Like = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="The run's name under `runs/`, or its folder.")
     ] = None,
@@ -59,7 +69,7 @@ def train(
     from detkit.trainer import watch
 
     given = sort_words([*(words or []), *context.args], _own_flags(context))
-    own = {"model": model, "backend": backend, "name": name, "on_invalid": on_invalid}
+    own = {"model": model, "backend": backend, "like": like, "name": name, "on_invalid": on_invalid}
     run: Run | None = None
     since = 0
     try:
@@ -146,11 +156,14 @@ def explain(
     ] = None,
     model: ModelName = None,
     backend: BackendName = None,
+    like: Like = None,
     as_json: Json = False,
 ) -> None:
     """Show every setting of a training: its value, where that comes from, and what the framework is told.
 
     Stronger first: the command line, `DETKIT_<NAME>` in the environment, the nearest `detkit.yaml`, the default.
+    With `--like`, also what each hyperparameter of the other tool becomes here, and how well; the exit code is 1 where
+    training would refuse one.
     """
     from detkit.errors import UsageError
     from detkit.trainer import Trainer
@@ -158,11 +171,28 @@ def explain(
     given = sort_words([*(words or []), *context.args], _own_flags(context))
     if given.positions:
         raise UsageError(f"explain takes no data, but got {', '.join(given.positions)}")
-    found = Trainer(model=model, backend=backend).explain(**given.settings)
+    found = Trainer(model=model, backend=backend, like=like).explain(**given.settings)
     if as_json:
         messages.print_json(found.to_dict())
-        return
+    else:
+        _print_explanation(found)
+    if any(note.fidelity == "refused" for note in found.notes):
+        raise typer.Exit(messages.FINDINGS)
+
+
+def _print_explanation(found: "Explanation") -> None:
+    from detkit.dialects import text, typed
+
     print(f"model {found.backend}/{found.model}" + (f": {found.reason}" if found.reason else ""))
+    if found.like:
+        print(f"\nlike {found.like}")
+        messages.print_table(
+            ("name", "value", "from", "becomes", "how", "why"),
+            [
+                (note.name or "(always)", text(note.value), note.origin, typed(note.becomes), note.fidelity, note.why)
+                for note in found.notes
+            ],
+        )
     for kind, title in (("parameter", "parameters (param=value)"), ("option", "options (--option value)")):
         print(f"\n{title}")
         messages.print_table(
