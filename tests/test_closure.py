@@ -26,6 +26,7 @@ PUBLIC = [
     "check",
     "draw",
     "evaluate",
+    "export",
     "open_run",
     "read_dataset",
     "score",

@@ -23,6 +23,7 @@ _HOME = {
     "check": "formats.findings",
     "draw": "drawing",
     "evaluate": "evaluation",
+    "export": "exporting",
     "open_run": "catalog",
     "read_dataset": "io",
     "score": "scores",
@@ -43,6 +44,7 @@ __all__ = [
     "check",
     "draw",
     "evaluate",
+    "export",
     "open_run",
     "read_dataset",
     "score",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from detkit.drawing import draw
     from detkit.errors import DetkitError
     from detkit.evaluation import evaluate
+    from detkit.exporting import export
     from detkit.formats.findings import check
     from detkit.io import read_dataset, write_dataset
     from detkit.job import Model

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import detkit
-from detkit.cli import backends, demo, doctor, evaluation, messages, models, prediction, runs, training
+from detkit.cli import backends, demo, doctor, evaluation, export, messages, models, prediction, runs, training
 from detkit.errors import DetkitError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ _OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=_OPEN)(training.train)
 app.command()(prediction.predict)
 app.command()(evaluation.evaluate)
+app.command()(export.export)
 app.command()(models.models)
 app.command(context_settings=_OPEN)(training.explain)
 app.add_typer(runs.app, name="runs")

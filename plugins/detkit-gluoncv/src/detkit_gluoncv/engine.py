@@ -1,0 +1,69 @@
+"""Training, prediction and export with MXNet, in the worker.
+
+MXNet reads the number of its threads while it is loaded, so the modules that import it are imported once that is known.
+Once this one is loaded, mxnet and gluoncv can be.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from detkit.backends import Engine, PredictOptions
+from detkit.errors import Unsupported
+from detkit.job import Job, Model, Trained, Workspace
+from detkit.loop import count_cores
+
+if TYPE_CHECKING:
+    from detkit_gluoncv.detector import SsdDetector
+
+
+_DROPPED = {"bool": bool, "complex": complex, "float": float, "int": int, "object": object, "str": str}
+"""Names of numpy 1.23 and before that mxnet 1.9.1 and gluoncv 0.10.5 use."""
+
+for _name, _type in _DROPPED.items():
+    if _name not in np.__dict__:
+        setattr(np, _name, _type)
+
+
+class GluoncvEngine(Engine):
+    """The worker's side."""
+
+    def train(self, job: Job, workspace: Workspace) -> Trained:
+        set_threads(job.options["threads"])
+        from detkit_gluoncv.runtime import explained_errors
+        from detkit_gluoncv.training import Training
+
+        with explained_errors():
+            return Training(job, workspace).run()
+
+    def load(self, model: Model, options: PredictOptions) -> SsdDetector:
+        set_threads("auto")
+        from detkit_gluoncv.detector import open_model
+        from detkit_gluoncv.runtime import explained_errors
+
+        with explained_errors():
+            return open_model(model, options)
+
+    def export(self, model: Model, format: str, to: Path) -> Path:
+        set_threads("auto")
+        from detkit_gluoncv.export import EXPORTERS
+        from detkit_gluoncv.runtime import explained_errors
+
+        if format not in EXPORTERS:
+            raise Unsupported(f"{model.name} cannot be exported to {format!r}; formats: {', '.join(EXPORTERS)}")
+        with explained_errors():
+            return EXPORTERS[format](model, to)
+
+
+def set_threads(wanted: int | str) -> None:
+    """Set MXNet's threads, before it is loaded; ``auto``: ``OMP_NUM_THREADS`` where set, else half of the cores.
+
+    MXNet's threads wait for each other by spinning, so on cores that have other work they cost more than they do.
+    """
+    if wanted != "auto":
+        os.environ["OMP_NUM_THREADS"] = str(wanted)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // 2)))
