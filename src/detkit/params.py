@@ -110,6 +110,26 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of every plugin's options: where and how fast, never what comes out."""
 
 
+class LoopParams(Params, frozen=True, kw_only=True):
+    """What `detkit.loop.TrainingLoop` understands; the parameters of an engine that is built on it begin with these."""
+
+    epochs: Epochs | None = 30
+    iterations: Iterations | None = None
+    batch_size: BatchSize = 8
+    learning_rate: LearningRate = 1e-3
+    lr_scheduler: LrScheduler = "cosine"
+    lr_scheduler_step: LrSchedulerStep = ()
+    lr_scheduler_factor: LrSchedulerFactor = 0.1
+    warmup_epochs: WarmupEpochs | None = None
+    warmup_iterations: WarmupIterations | None = "auto"
+    validate_every: ValidateEvery = "1 epoch"
+    checkpoint_every: CheckpointEvery = "1 epoch"
+    early_stopping_patience: EarlyStoppingPatience | None = None
+    early_stopping_min_epochs: EarlyStoppingMinEpochs = 0
+    early_stopping_tolerance: EarlyStoppingTolerance = 0.0
+    seed: Seed = 0
+
+
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 
 

@@ -14,27 +14,14 @@ from detkit.backends import LocalOptions, ModelSpec
 from detkit.errors import InvalidValue, Unsupported, WeightsMissing
 from detkit.params import (
     BatchSize,
-    CheckpointEvery,
-    EarlyStoppingMinEpochs,
-    EarlyStoppingPatience,
-    EarlyStoppingTolerance,
-    Epochs,
     GradientClip,
     ImageSize,
-    Iterations,
-    LearningRate,
-    LrScheduler,
-    LrSchedulerFactor,
-    LrSchedulerStep,
+    LoopParams,
     MaxDetections,
     Momentum,
     NmsThreshold,
     Optimizer,
     Params,
-    Seed,
-    ValidateEvery,
-    WarmupEpochs,
-    WarmupIterations,
     WeightDecay,
     Weights,
 )
@@ -42,18 +29,10 @@ from detkit.params import (
 Augmentation = Literal["color", "expand", "crop", "hflip"]
 
 
-class GluoncvParams(Params, frozen=True, kw_only=True):
+class GluoncvParams(LoopParams, frozen=True, kw_only=True):
     """Hyperparameters of SSD (Liu et al., 2016, arXiv:1512.02325)."""
 
-    epochs: Epochs | None = 30
-    iterations: Iterations | None = None
     batch_size: BatchSize = 16
-    learning_rate: LearningRate = 1e-3
-    lr_scheduler: LrScheduler = "cosine"
-    lr_scheduler_step: LrSchedulerStep = ()
-    lr_scheduler_factor: LrSchedulerFactor = 0.1
-    warmup_epochs: WarmupEpochs | None = None
-    warmup_iterations: WarmupIterations | None = "auto"
     optimizer: Optimizer = "sgd"
     momentum: Momentum = 0.9
     weight_decay: WeightDecay = 5e-4
@@ -78,12 +57,6 @@ class GluoncvParams(Params, frozen=True, kw_only=True):
     nms_threshold: NmsThreshold = 0.45
     nms_topk: Annotated[int, Meta(ge=1, description="boxes of a class and image that enter NMS, the best ones")] = 400
     max_detections: MaxDetections = "auto"
-    validate_every: ValidateEvery = "1 epoch"
-    checkpoint_every: CheckpointEvery = "1 epoch"
-    early_stopping_patience: EarlyStoppingPatience | None = None
-    early_stopping_min_epochs: EarlyStoppingMinEpochs = 0
-    early_stopping_tolerance: EarlyStoppingTolerance = 0.0
-    seed: Seed = 0
 
 
 class GluoncvOptions(LocalOptions, frozen=True, kw_only=True):

@@ -14,28 +14,15 @@ from msgspec.structs import replace
 from detkit.backends import LocalOptions, ModelSpec, Suggestion
 from detkit.errors import WeightsMissing
 from detkit.params import (
-    BatchSize,
-    CheckpointEvery,
-    EarlyStoppingMinEpochs,
-    EarlyStoppingPatience,
-    EarlyStoppingTolerance,
-    Epochs,
     GradientClip,
     ImageSize,
-    Iterations,
     LearningRate,
-    LrScheduler,
-    LrSchedulerFactor,
-    LrSchedulerStep,
+    LoopParams,
     MaxDetections,
     Momentum,
     NmsThreshold,
     Optimizer,
     Params,
-    Seed,
-    ValidateEvery,
-    WarmupEpochs,
-    WarmupIterations,
     WeightDecay,
     Weights,
 )
@@ -43,18 +30,10 @@ from detkit.params import (
 Augmentation = Literal["hflip", "vflip", "zoom", "color"]
 
 
-class TorchvisionParams(Params, frozen=True):
+class TorchvisionParams(LoopParams, frozen=True):
     """Hyperparameters; the defaults are those of our own small family, learned from scratch."""
 
-    epochs: Epochs | None = 30
-    iterations: Iterations | None = None
-    batch_size: BatchSize = 8
     learning_rate: LearningRate = 3e-3
-    lr_scheduler: LrScheduler = "cosine"
-    lr_scheduler_step: LrSchedulerStep = ()
-    lr_scheduler_factor: LrSchedulerFactor = 0.1
-    warmup_epochs: WarmupEpochs | None = None
-    warmup_iterations: WarmupIterations | None = "auto"
     optimizer: Optimizer = "adamw"
     momentum: Momentum = 0.9
     weight_decay: WeightDecay = 0.02
@@ -67,12 +46,6 @@ class TorchvisionParams(Params, frozen=True):
     weights: Weights = None
     nms_threshold: NmsThreshold | None = None
     max_detections: MaxDetections = "auto"
-    validate_every: ValidateEvery = "1 epoch"
-    checkpoint_every: CheckpointEvery = "1 epoch"
-    early_stopping_patience: EarlyStoppingPatience | None = None
-    early_stopping_min_epochs: EarlyStoppingMinEpochs = 0
-    early_stopping_tolerance: EarlyStoppingTolerance = 0.0
-    seed: Seed = 0
 
 
 class TorchvisionOptions(LocalOptions, frozen=True, kw_only=True):
