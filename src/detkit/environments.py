@@ -214,9 +214,12 @@ def _foreign_variables() -> dict[str, str]:
 
 
 def python_command(python: str, code: str, *arguments: str) -> list[str]:
-    """Return the command that runs code in an interpreter, which looks for modules only where it has them installed."""
+    """Return the command that runs code in an interpreter, which looks for modules only where it has them installed.
+
+    What it prints is not held back, so that a crash loses nothing of it.
+    """
     own = [] if python == sys.executable else ["-s"]
-    return [python, *own, "-c", _NOT_THE_CURRENT_FOLDER + code, *arguments]
+    return [python, "-u", *own, "-c", _NOT_THE_CURRENT_FOLDER + code, *arguments]
 
 
 def made_here(python: str) -> bool:

@@ -1,7 +1,6 @@
 """Training, prediction and export with MXNet, in the worker.
 
 MXNet reads the number of its threads while it is loaded, so the modules that import it are imported once that is known.
-Once this one is loaded, mxnet and gluoncv can be.
 """
 
 from __future__ import annotations
@@ -10,23 +9,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from detkit.backends import Engine, PredictOptions
 from detkit.errors import Unsupported
 from detkit.job import Job, Model, Trained, Workspace
 from detkit.loop import count_cores
+from detkit_gluoncv import numpy_names  # noqa: F401 - from here on, mxnet and gluoncv can be imported
 
 if TYPE_CHECKING:
     from detkit_gluoncv.detector import SsdDetector
-
-
-_DROPPED = {"bool": bool, "complex": complex, "float": float, "int": int, "object": object, "str": str}
-"""Names of numpy 1.23 and before that mxnet 1.9.1 and gluoncv 0.10.5 use."""
-
-for _name, _type in _DROPPED.items():
-    if _name not in np.__dict__:
-        setattr(np, _name, _type)
 
 
 class GluoncvEngine(Engine):

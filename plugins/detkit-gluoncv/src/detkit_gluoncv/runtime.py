@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import ImageFile
 
-import detkit_gluoncv.engine  # noqa: F401 - gives numpy the names that mxnet looks for
 from detkit.errors import DetkitError, UsageError
+from detkit_gluoncv import numpy_names  # noqa: F401 - mxnet looks for them
 
 os.environ.setdefault("MXNET_CPU_WORKER_NTHREADS", "1")
 os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")
