@@ -598,6 +598,7 @@ class TestWheels:
     ) -> None:
         info = tmp_path / "site/leaky-1.0.dist-info"
         info.mkdir(parents=True)
+        (tmp_path / "site/leaky").mkdir()  # from Python 3.12 on, files that are not there are not listed
         (tmp_path / "secret.txt").write_text("secret")
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leaky\nVersion: 1.0\n")
         (info / "RECORD").write_text(f"../../bin/leaky,,\n{path},,\n")
