@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import os
 import socket
 import struct
 import sys
@@ -25,6 +26,7 @@ from detkit.processes import WorkerDetector, start_worker, worker_command
 from detkit.wire import (
     CONTENT_TYPE,
     Client,
+    SharedMemory,
     decode_detections,
     decode_images,
     encode_detections,
@@ -57,27 +59,26 @@ def test_no_pixel_is_copied() -> None:
     assert all(image.flags.writeable for image in batch)
 
 
-def test_images_that_somebody_keeps_stay_as_they_are() -> None:
-    """The memory of a request is used again only where nobody looks into it any more."""
-    ours, theirs = socket.socketpair()
-    kept: list[np.ndarray] = []
-    addresses: list[int] = []
-
-    def detect(batch: list[np.ndarray], paths: list[str]) -> list[Detections]:
-        addresses.append(batch[0].ctypes.data)
-        kept.extend(batch if paths == ["keep"] else [])
-        return []
-
-    server = threading.Thread(target=serve, args=(detect, theirs), daemon=True)
-    server.start()
-    client = Client(ours)
-    for number, path in enumerate(["free", "free", "keep", "free", "free"]):
-        client.detect([np.full((300, 300, 3), number, np.uint8)], [path])
-    client.close()
-    server.join(timeout=10)
-    theirs.close()
-    assert (kept[0] == 2).all()
-    assert addresses[0] == addresses[1] == addresses[2] != addresses[3] == addresses[4]
+def test_shared_memory_carries_the_pixels() -> None:
+    """What one side puts the other sees without a copy; it grows, and is never cut."""
+    shared = SharedMemory.create()
+    assert shared is not None, "Linux has it"
+    other = SharedMemory(os.dup(shared.descriptor))
+    for height in (4, 300, 7):
+        batch = [np.full((height, 5, 3), value, np.uint8) for value in (1, 2, 255)]
+        head, *payloads = encode_images(batch, ["a", "b", "c"])
+        shared.put(payloads)
+        images, paths = decode_images(head, payloads=other.view())
+        assert paths == ["a", "b", "c"]
+        for image, sent in zip(images, batch, strict=True):
+            np.testing.assert_array_equal(image, sent)
+        shared.put([b"\x09" * 15])
+        assert (images[0][0] == 9).all(), "the very memory"
+    with pytest.raises(DetkitError, match="malformed|tells of"):
+        decode_images(encode_images([np.zeros((999, 999, 3), np.uint8)])[0], payloads=other.view())
+    for one in (shared, other):
+        one.close()
+        one.close()
 
 
 def served(detect: Callable[[list[np.ndarray], list[str]], list[Detections]]) -> Client:
@@ -200,7 +201,7 @@ def model(tiny: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture
 def worker(model: Model) -> Iterator[socket.socket]:
     """A prediction worker; gives the socket that it answers on."""
-    command = worker_command(sys.executable, "echo", "--serve", str(model.path), "{}")
+    command = worker_command(sys.executable, "echo", "--serve", str(model.path), "{}", "")
     ours, theirs = socket.socketpair()
     with ours, theirs, start_worker(command, leash=True, stdout=theirs) as process:
         theirs.close()

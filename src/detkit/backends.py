@@ -67,7 +67,10 @@ class Detector(Protocol):
     """An opened model."""
 
     def detect(self, images: Sequence[Image]) -> list[Detections]:
-        """Return the detections on each ``(h, w, 3)`` RGB uint8 image, best first, boxes in that image's pixels."""
+        """Return the detections on each ``(h, w, 3)`` RGB uint8 image, best first, boxes in that image's pixels.
+
+        The images' memory may hold others after the call.
+        """
         ...
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from detkit.environments import made_here, python_command, worker_variables
 from detkit.errors import RunFailed, UsageError, WorkerDied
 from detkit.images import Image
 from detkit.job import Model
-from detkit.wire import Client, Exported, Opened
+from detkit.wire import Client, Exported, Opened, SharedMemory
 
 if TYPE_CHECKING:
     from detkit.backends import PredictOptions
@@ -157,14 +157,19 @@ class WorkerDetector:
         self._output = tempfile.TemporaryFile()
         weakref.finalize(self, self._output.close)
         fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)  # the worker goes on at the end when it is cut
-        command = worker_command(python, backend, "--serve", str(model.path.absolute()), _json(options))
+        shared = SharedMemory.create()
+        if shared is not None:
+            weakref.finalize(self, shared.close)
+        descriptors = () if shared is None else (shared.descriptor,)
+        memory = "".join(map(str, descriptors))
+        command = worker_command(python, backend, "--serve", str(model.path.absolute()), _json(options), memory)
         self._socket, theirs = socket.socketpair()
         weakref.finalize(self, self._socket.close)
         with theirs:
-            self._process = start_worker(command, leash=True, stdout=theirs, stderr=self._output)
+            self._process = start_worker(command, leash=True, stdout=theirs, stderr=self._output, pass_fds=descriptors)
         self._end = weakref.finalize(self, _end_worker, self._process, self._owner)
         threading.Thread(target=_bury, args=(self._process,), daemon=True, name="bury").start()
-        self._client = Client(self._socket)
+        self._client = Client(self._socket, shared)
         try:
             self._wait_until_open()
         except BaseException:

@@ -6,7 +6,8 @@ A request to ``/invocations`` is one image file (content type ``image/*``), or a
 ``[height, width, 3]`` is raw RGB uint8, one without is an image file as it lies on disk. Pixels are never re-encoded.
 The answer is JSON: ``{"classes": [...], "images": [...]}`` with one `detkit.data.Detections.to_dict` per image.
 
-A worker answers on the socket that it was started with, which nobody but its controller can reach.
+A worker answers on the socket that it was started with, which nobody but its controller can reach. Where the two have
+memory in common, the payloads lie there (`SHARED_CONTENT_TYPE`), and the request ends with the header.
 
 Source of the contract: Amazon SageMaker developer guide, "Use Your Own Inference Code with Hosting Services".
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import mmap
+import os
 import socket
 import struct
 import traceback
@@ -32,6 +35,8 @@ from detkit.errors import DetkitError, RunFailed
 from detkit.images import Image
 
 CONTENT_TYPE = "application/x-detkit-images"
+
+SHARED_CONTENT_TYPE = "application/x-detkit-shared-images"
 
 REQUEST_BYTES = 256_000_000
 """A client sends so much at once; a single image that is larger goes alone."""
@@ -76,11 +81,11 @@ def encode_images(batch: Sequence[Image], paths: Sequence[str] | None = None) ->
 
 
 def decode_images(
-    body: bytes | bytearray | memoryview, content_type: str = CONTENT_TYPE
+    body: bytes | bytearray | memoryview, content_type: str = CONTENT_TYPE, payloads: memoryview | None = None
 ) -> tuple[list[Image], list[str]]:
     """Unpack a request body to images and their paths. Raises `DetkitError` for one that is malformed.
 
-    The images are views of the body, as writable as it is.
+    The images are views of the body, or of ``payloads`` where these lie elsewhere, as writable as it is.
     """
     body = memoryview(body)
     if content_type.startswith("image/"):
@@ -92,6 +97,8 @@ def decode_images(
         (length,) = struct.unpack_from("<I", body)
         at = 4 + length
         header = msgspec.json.decode(body[4:at], type=_Header)
+        if payloads is not None:
+            body, at = payloads[: sum(entry.bytes for entry in header.images)], 0
         for entry in header.images:
             if entry.shape is None:
                 batch.append(images.read_image(bytes(body[at : at + entry.bytes]), entry.path))
@@ -120,7 +127,8 @@ def decode_detections(body: bytes) -> list[Detections]:
 class Client:
     """One side of a connection, kept open between requests; `serve` is at the other."""
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, shared: SharedMemory | None = None) -> None:
+        self._shared = shared
         self._connection = http.client.HTTPConnection("worker")
         self._connection.sock = connected
         self._connection.auto_open = 0
@@ -141,8 +149,13 @@ class Client:
         return found + self._request(batch[start:], names[start:])
 
     def _request(self, batch: Sequence[Image], paths: Sequence[str]) -> list[Detections]:
-        body = encode_images(batch, paths)
-        headers = {"Content-Type": CONTENT_TYPE, "Content-Length": str(sum(map(len, body)))}
+        head, *payloads = encode_images(batch, paths)
+        size = sum(map(len, payloads))
+        body, content_type = [head, *payloads], CONTENT_TYPE
+        if self._shared is not None and size <= REQUEST_BYTES:
+            self._shared.put(payloads)
+            body, content_type = [head], SHARED_CONTENT_TYPE
+        headers = {"Content-Type": content_type, "Content-Length": str(sum(map(len, body)))}
         try:
             self._connection.request("POST", "/invocations", body, headers)
             response = self._connection.getresponse()
@@ -156,31 +169,57 @@ class Client:
 
     def close(self) -> None:
         self._connection.close()
+        if self._shared is not None:
+            self._shared.close()
 
 
-class _Memory:
-    """Memory for one request after the other: pages that are new each time cost as much as sending what fills them."""
+class SharedMemory:
+    """Memory that a worker and its controller both look into: pixels are copied once, and not through a socket.
 
-    def __init__(self) -> None:
-        self._bytes = bytearray(1)
+    An image in it is another one with the next request.
+    """
 
-    def take(self, length: int) -> memoryview:
-        """Return so many bytes, never those that somebody still has an image in."""
-        if length > REQUEST_BYTES:  # one image, and too much to keep
-            return memoryview(bytearray(length))
-        try:
-            self._bytes.append(self._bytes.pop())  # refused while anything else looks into it
-            free = len(self._bytes) >= length
-        except BufferError:
-            free = False
-        if not free:
-            self._bytes = bytearray(length or 1)
-        return memoryview(self._bytes)[:length]
+    def __init__(self, descriptor: int) -> None:
+        os.set_inheritable(descriptor, False)  # what a worker starts has no use for it
+        self.descriptor = descriptor
+        self._map: mmap.mmap | None = None
+
+    @classmethod
+    def create(cls) -> SharedMemory | None:
+        """Make some, without a name; None where the system cannot (only Linux can)."""
+        return cls(os.memfd_create("detkit")) if hasattr(os, "memfd_create") else None
+
+    def put(self, payloads: Sequence[bytes | memoryview]) -> None:
+        """Lay the payloads of a request one after the other."""
+        size = sum(map(len, payloads))
+        if os.fstat(self.descriptor).st_size < size:
+            os.ftruncate(self.descriptor, size)
+        view, at = self.view(), 0
+        for payload in payloads:
+            view[at : at + len(payload)] = payload
+            at += len(payload)
+
+    def view(self) -> memoryview:
+        """Return all of it."""
+        size = os.fstat(self.descriptor).st_size
+        if size and (self._map is None or len(self._map) < size):
+            self._map = mmap.mmap(self.descriptor, size)
+        return memoryview(self._map or b"")
+
+    def close(self) -> None:
+        """Let go of it; pages go when both sides have."""
+        self._map = None
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
 
 
-def serve(detect: Callable[[list[Image], list[str]], list[Detections]], connected: socket.socket) -> None:
+def serve(
+    detect: Callable[[list[Image], list[str]], list[Detections]],
+    connected: socket.socket,
+    shared: SharedMemory | None = None,
+) -> None:
     """Answer requests one at a time, as a model runs one batch at a time, until the other side closes."""
-    memory = _Memory()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -194,12 +233,16 @@ def serve(detect: Callable[[list[Image], list[str]], list[Detections]], connecte
                 self._answer(404, b"{}")
                 return
             length = int(self.headers.get("Content-Length", 0))
-            body = memory.take(length)
+            body = memoryview(bytearray(length))
             if self.rfile.readinto(body) < length:
                 self.close_connection = True
                 return
             try:
-                batch, paths = decode_images(body, self.headers.get("Content-Type", ""))
+                kind = self.headers.get("Content-Type", "")
+                if kind == SHARED_CONTENT_TYPE and shared is not None:
+                    batch, paths = decode_images(body, payloads=shared.view())
+                else:
+                    batch, paths = decode_images(body, kind)
                 self._answer(200, encode_detections(detect(batch, paths)))
             except DetkitError as error:
                 self._answer(400, json.dumps({"error": str(error)}).encode())

@@ -1,6 +1,6 @@
 """``python -m detkit.worker RUN [CALLER]`` trains what a run directory asks for.
 
-``--serve MODEL OPTIONS CALLER`` answers predictions, ``--export MODEL FORMAT FOLDER CALLER`` writes a model anew.
+``--serve MODEL OPTIONS MEMORY CALLER`` answers predictions; ``--export MODEL FORMAT FOLDER CALLER`` writes a model.
 ``CALLER`` is a `detkit.processes.Caller` as JSON; in a container, nobody calls.
 
 A local process, a process of another virtual environment and a container all run this. What this module imports is
@@ -34,7 +34,7 @@ from detkit.errors import DetkitError, Stopped, UsageError
 from detkit.images import Image
 from detkit.job import Model, Workspace
 from detkit.processes import Caller, end_group
-from detkit.wire import Exported, Opened, serve
+from detkit.wire import Exported, Opened, SharedMemory, serve
 
 LEASH_GRACE_S = 10.0
 """How long a worker may take to stop cleanly after its controller is gone."""
@@ -78,10 +78,11 @@ def train(workspace: Workspace, caller: str = "") -> int:
     return 0
 
 
-def serve_model(path: str, options: str, caller: str) -> int:
+def serve_model(path: str, options: str, memory: str, caller: str) -> int:
     """Load a model, say so on standard output with an `Opened` as one line, and answer requests.
 
-    ``options`` is a `PredictOptions`, as JSON. Standard output is a socket, and the requests come on it.
+    ``options`` is a `PredictOptions`, as JSON. Standard output is a socket, and the requests come on it; ``memory`` is
+    the descriptor of what both sides share, empty where there is none.
     """
     output = os.dup(1)
     os.dup2(2, 1)  # whatever a framework prints is no answer
@@ -102,7 +103,7 @@ def serve_model(path: str, options: str, caller: str) -> int:
         found = detector.detect(batch)
         return [replace(one, path=path) for one, path in zip(found, paths, strict=True)]
 
-    serve(detect, socket.socket(fileno=output))
+    serve(detect, socket.socket(fileno=output), SharedMemory(int(memory)) if memory else None)
     return 0
 
 
