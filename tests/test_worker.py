@@ -436,6 +436,19 @@ def test_chatty_framework_neither_blocks_nor_fills_the_disk(
         assert last_lines(output).endswith("the last line")  # type: ignore[attr-defined]
 
 
+def test_crash_deep_in_the_code_is_quoted_from_where_it_happened(tmp_path: Path) -> None:
+    dig = "import os, signal\ndef dig(n):\n    dig(n - 1) if n else os.kill(os.getpid(), signal.SIGSEGV)\n"
+    crash = [sys.executable, "-X", "faulthandler", "-c", f"{dig}import numpy\ndig(60)"]
+    with (tmp_path / "log.txt").open("w+b") as output:
+        subprocess.run(crash, stderr=output)
+        told = last_lines(output).splitlines()
+        assert "most recent call first" in told[0]
+        assert all("in dig" in line for line in told[1:])
+        output.write(b"and after a resume, another reason\n")
+        output.flush()
+        assert last_lines(output).endswith("another reason")
+
+
 # ----------------------------------------------------------------------------------------------------- ends
 
 

@@ -43,6 +43,8 @@ _DEATH_S = 2.0
 _OUTPUT_BYTES = 1 << 20
 """So much of what a prediction worker prints is kept."""
 _TAIL_BYTES = 1 << 14
+_CRASHED_THREAD, _END_OF_DUMP = "Current thread ", ("  File ", "  ...", "Extension modules: ")
+"""How lines of faulthandler begin."""
 
 _NATIVE_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 
@@ -288,10 +290,15 @@ def export_in_worker(python: str, model: Model, format: str, folder: Path) -> Pa
 
 
 def last_lines(output: IO[bytes]) -> str:
-    """Return the last lines of what a worker printed into a file."""
+    """Return the last lines of what a worker printed into a file; of a crash in native code, where it happened."""
     size = os.fstat(output.fileno()).st_size
     text = os.pread(output.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES)).decode(errors="replace")
-    return "\n".join(line[:_TAIL_COLUMNS] for line in text.splitlines()[-_TAIL_LINES:])
+    lines = [line[:_TAIL_COLUMNS] for line in text.splitlines()]
+    # faulthandler writes the innermost call first, behind every other thread, and a long list of modules last.
+    starts = [i for i, line in enumerate(lines) if line.startswith(_CRASHED_THREAD)]
+    if starts and lines[-1].startswith(_END_OF_DUMP):
+        return "\n".join(lines[starts[-1] :][:_TAIL_LINES])
+    return "\n".join(lines[-_TAIL_LINES:])
 
 
 def _json(value: Any) -> str:
