@@ -304,6 +304,37 @@ class Dataset:
         return cls(paths=tuple(f"{root}/{image_id}" for image_id in lists["image_ids"]), **lists, **arrays)
 
 
+def concatenate(parts: Sequence[Dataset]) -> Dataset:
+    """Put data sets with the same class names one after another, without splits. Raises `InvalidData` for an image id
+    that is there twice."""
+
+    def text(name: str, blank: Any, length: str) -> Any:
+        columns = [getattr(part, name) for part in parts]
+        if all(column is None for column in columns):
+            return None
+        return tuple(
+            value
+            for part, column in zip(parts, columns, strict=True)
+            for value in (column if column is not None else (blank,) * len(getattr(part, length)))
+        )
+
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS if name != "offsets"
+    }
+    counts = np.concatenate([part.boxes_per_image() for part in parts])
+    return Dataset(
+        classes=parts[0].classes,
+        image_ids=text("image_ids", "", "paths"),
+        paths=text("paths", "", "paths"),
+        sources=text("sources", "", "paths"),
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        masks=text("masks", None, "labels"),
+        extra=text("extra", _NO_EXTRA, "paths"),
+        box_extra=text("box_extra", _NO_EXTRA, "labels"),
+        **arrays,
+    )
+
+
 _TEXTS = ("classes", "image_ids", "sources", "masks", "extra", "box_extra")
 _ARRAYS = ("sizes", "offsets", "boxes", "labels", "difficult", "crowd", "area", "records")
 

@@ -31,7 +31,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from detkit.data import Dataset
     from detkit.formats.findings import Finding
+
+
+class DetkitWarning(UserWarning):
+    """detkit had to decide something that nobody has said, or cannot keep everything it was given."""
 
 
 class DetkitError(Exception):
@@ -141,12 +146,17 @@ class Unsupported(UsageError):
 
 
 class InvalidData(DetkitError):
-    """Annotations or images that cannot be used as they are; `findings` has every place, `hint` what to do."""
+    """Annotations or images that cannot be used as they are; `findings` has every place, `hint` what to do.
+
+    ``partial`` is what could be read all the same, so that a check goes on with it; nothing else may use it.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, findings: Sequence[Finding] = (), hint: str = "") -> None:
-        self.findings, self.hint = tuple(findings), hint
+    def __init__(
+        self, message: str, findings: Sequence[Finding] = (), hint: str = "", partial: Dataset | None = None
+    ) -> None:
+        self.findings, self.hint, self.partial = tuple(findings), hint, partial
         super().__init__(f"{message}\n{hint}" if hint else message)
 
 

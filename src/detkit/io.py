@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detkit import plugins
-from detkit.errors import StorageError, UnknownName, Unsupported, UsageError
+from detkit.errors import DetkitWarning, StorageError, UnknownName, Unsupported, UsageError
 from detkit.params import set_fields
 
 if TYPE_CHECKING:
@@ -34,27 +35,37 @@ def read_dataset(path: str | Path, format: str | None = None, *, split: str | No
     return data.splits[wanted] if wanted else data
 
 
-def write_dataset(data: Dataset, path: str | Path, format: str = "coco") -> Path:
+def write_dataset(data: Dataset, path: str | Path, format: str = "coco", **options: Any) -> Path:
     """Write a data set into a new folder and return it; the folder appears only once it is complete.
 
-    Images become hard links where possible. Raises `UsageError` for a target that holds anything, `Unsupported` where
-    the format cannot be written, `StorageError`.
+    Images become hard links where possible. ``options`` are the format's own for writing. Warns once of everything that
+    the format cannot carry. Raises `UsageError` for a target that holds anything, `Unsupported` where the format cannot
+    be written, `StorageError`.
     """
     chosen, target = _format(format), Path(path).absolute()
     if chosen.write is None:
         raise Unsupported(f"format {format!r} can be read but not written; these can: {', '.join(_writable())}")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UsageError(f"{target} is not empty; nothing is overwritten, so choose another folder or remove it")
+    settings = set_fields(chosen.write_options(), options, kind=f"option for writing format {chosen.name}")
+    lost = chosen.not_carried(data, settings)
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         beside.mkdir(parents=True)
-        chosen.write(data, beside)
+        chosen.write(data, beside, settings)
         os.replace(beside, target)
     except OSError as error:
         raise StorageError(target, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    if lost:
+        warnings.warn(f"{target}: {_told(chosen, lost)}", DetkitWarning, stacklevel=2)
     return target
+
+
+def _told(format: Format, lost: dict[str, int]) -> str:
+    listed = ", ".join(f"{name} ({count})" for name, count in lost.items())
+    return f"{format.name} does not carry everything this data has; left behind: {listed}"
 
 
 def _separate(path: str | Path) -> tuple[Path, str]:

@@ -15,9 +15,8 @@ from PIL import Image
 
 from detkit import read_dataset, write_dataset
 from detkit.data import Dataset
-from detkit.errors import InvalidData
+from detkit.errors import DetkitWarning, InvalidData
 from detkit.formats.findings import check, count_codes
-from detkit.formats.voc import DetkitWarning
 from detkit.testing import FormatTests, tiny_dataset
 
 if TYPE_CHECKING:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from detkit.boxes import area
 from detkit.data import Dataset
 from detkit.params import Options
+
+COLUMNS = ("image_ids", "classes", "difficult", "crowd", "area", "masks", "extra", "box_extra", "split_indices")
+"""What a format may carry beyond boxes and the names of their classes; ``classes``: their order, and those without boxes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +30,33 @@ class Format:
     """Whether a path looks like this format; cheap, opens at most a few files, never raises for a readable path."""
     read: Callable[[Path, Any], Dataset]
     """``read(path, options)`` with an instance of `options`. Raises `InvalidData` with every finding, never skips."""
-    write: Callable[[Dataset, Path], None] | None = None
-    """``write(data, folder)`` into a new or empty folder; the caller made it beside its final place."""
+    write: Callable[[Dataset, Path, Any], None] | None = None
+    """``write(data, folder, options)`` into an empty folder, which the caller moves to its final place, with an
+    instance of `write_options`."""
     options: type[Options] = Options
     """Typed reading options; all have defaults."""
-    carries: frozenset[str] = field(default_factory=frozenset)
-    """Columns beyond boxes and names that survive writing and reading, e.g. ``difficult``, ``crowd``, ``masks``."""
+    write_options: type[Options] = Options
+    """Typed writing options; all have defaults. One that is called like a column, and is true, says that it is carried."""
+    carries: frozenset[str] = frozenset({"image_ids"})
+    """Columns beyond boxes and names that survive writing and reading: some of `COLUMNS`."""
+    carries_key: Callable[[str, Any], bool] = lambda key, value: True
+    """Of a format that carries ``box_extra``: whether a key of an object and its value survive."""
+
+    def not_carried(self, data: Dataset, options: Options | None = None) -> dict[str, int]:
+        """Return what `write` would leave behind of this data: the name of each field, and how often it has a value."""
+        carried = {*self.carries, *(name for name in COLUMNS if getattr(options, name, False))}
+        lost = {
+            "file names": 0 if "image_ids" in carried else len(data),
+            "classes without boxes": 0 if "classes" in carried else list(data.boxes_per_class().values()).count(0),
+            "difficult": 0 if "difficult" in carried else int(data.difficult.sum()),
+            "crowd": 0 if "crowd" in carried else int(data.crowd.sum()),
+            "area": 0 if "area" in carried else int((~np.isclose(data.area, area(data.boxes), rtol=1e-9)).sum()),
+            "masks": 0 if "masks" in carried else sum(mask is not None for mask in data.masks or ()),
+            "splits": 0 if "split_indices" in carried else len(data.split_indices),
+        }
+        keys: Counter[str] = Counter()
+        for extra in () if "extra" in carried else data.extra or ():
+            keys.update(list(extra))
+        for extra in data.box_extra or ():
+            keys.update(k for k, v in extra.items() if "box_extra" not in carried or not self.carries_key(k, v))
+        return {name: count for name, count in {**lost, **keys}.items() if count}

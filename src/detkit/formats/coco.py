@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -23,15 +22,13 @@ from detkit.files import inside
 from detkit.formats import Format
 from detkit.formats.cocojson import CocoFile
 from detkit.formats.findings import Finding, raise_errors
-from detkit.formats.imagefiles import SPLIT_FOLDERS, leaves, place_images, require_finite, require_split_names
+from detkit.formats.imagefiles import folder_of, place_images, require_finite
+from detkit.formats.splits import SPLIT_FOLDERS, join, parts, split_names
 from detkit.params import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-_UNSPLIT = "unsplit"
-"""Name of the file with the images of no split; it is not a split itself."""
 _OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_")
 """How the names of files begin that COCO puts beside its detection files, about the same images."""
 _MOST_FILES = 64
@@ -78,14 +75,14 @@ def read(path: Path, options: CocoOptions) -> Dataset:
     parsed = [(split, CocoFile(file, findings)) for split, file in files]
     folders = [_images_folder(file, split, root, options.images) for split, file in parsed]
     prefixed = len(set(folders)) > 1
-    parts: list[tuple[str, Dataset]] = []
+    read: list[tuple[str, Dataset]] = []
     for (split, file), folder in zip(parsed, folders, strict=True):
         prefix = folder.relative_to(root).as_posix() if prefixed and folder.is_relative_to(root) else ""
         part = file.dataset(folder, "" if prefix in ("", ".") else f"{prefix}/")
         if part is not None:
-            parts.append((split, part))
+            read.append((split, part))
     raise_errors(findings)
-    return parts[0][1] if len(parts) == 1 else _join(parts)
+    return join(read)
 
 
 def to_coco(data: Dataset) -> dict[str, Any]:
@@ -127,21 +124,9 @@ def to_coco(data: Dataset) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def write(data: Dataset, folder: Path) -> None:
+def write(data: Dataset, folder: Path, _options: Options) -> None:
     """Write ``images/`` and ``annotations.json``, or ``annotations/<split>.json`` where the data came split."""
-    contents: dict[str, Dataset] = {"annotations.json": data}
-    if data.split_indices:
-        if _UNSPLIT in data.split_indices:
-            raise InvalidData(f"a split cannot be called {_UNSPLIT!r}, the name of what is in no split; rename it")
-        contents = {f"annotations/{name}.json": part for name, part in data.splits.items()}
-        require_split_names(data)
-        for name, back in zip(data.split_indices, _split_names([*data.split_indices, _UNSPLIT]), strict=False):
-            if name != back:
-                raise InvalidData(f"a split {name!r} would be read back as {back!r}; rename it")
-        rest = np.setdiff1d(np.arange(len(data)), np.concatenate(list(data.split_indices.values())))
-        # A single file would be read as data without splits, so there are always two.
-        if len(rest) or len(contents) == 1:
-            contents[f"annotations/{_UNSPLIT}.json"] = data.take(rest)
+    contents = {f"annotations/{name}.json" if name else "annotations.json": part for name, part in parts(data).items()}
     encoded = {name: msgspec.json.encode(to_coco(part)) for name, part in contents.items()}
     place_images(data, folder / "images")
     for name, content in encoded.items():
@@ -173,7 +158,7 @@ def _find(path: Path) -> list[list[tuple[str, Path]]]:
     places: list[list[tuple[str, Path]]] = []
     for folder in [*(entry for name, entry in folders if name.lower() == "annotations"), path]:
         files = _coco_files(folder)
-        places.append(list(zip(_split_names([file.stem for file in files]), files, strict=True)))
+        places.append(list(zip(split_names([file.stem for file in files]), files, strict=True)))
     nested = [(name, file) for name, entry in folders if name.lower() in SPLIT_FOLDERS for file in _coco_files(entry)]
     names = [name for name, _ in nested]
     places.append([(name if names.count(name) == 1 else f"{name}-{file.stem}", file) for name, file in nested])
@@ -194,19 +179,6 @@ def _is_coco(file: Path) -> bool:
         return content.find(b'"images"') >= 0 and content.rfind(b'"categories"') >= 0
 
 
-def _split_names(stems: Sequence[str]) -> list[str]:
-    """Return short names, ``train`` for ``instances_train2017``, or the files' own where two would be alike."""
-    short = [_split_name(stem) for stem in stems]
-    return short if len(set(short)) == len(short) else list(stems)
-
-
-def _split_name(stem: str) -> str:
-    name = re.sub(r"[_.]?annotations(\.coco)?$", "", stem)
-    if name.startswith("instances_"):
-        name = re.sub(r"(?<=\D)(19|20)\d\d$", "", name.removeprefix("instances_"))
-    return name.strip("_-. ") or "annotations"
-
-
 def _images_folder(file: CocoFile, split: str, root: Path, given: str) -> Path:
     """Return the folder that has most of a sample of the images; the likeliest one where none has any."""
     if given:
@@ -219,81 +191,7 @@ def _images_folder(file: CocoFile, split: str, root: Path, given: str) -> Path:
     here, stem = file.path.parent, re.sub(r"^instances_", "", file.path.stem)
     named = [parent / name for name in dict.fromkeys((split, stem)) if name for parent in (root / "images", root)]
     likely = [here / "images", here, root / "images", root, *named, root / "JPEGImages"]
-    folders = [folder for folder in dict.fromkeys(likely) if folder.is_dir()]
-    names = [name for name in file.file_names if name and not leaves(name)]
-    sample = names[:: max(1, len(names) // 8)]
-    return max(folders, key=lambda folder: sum((folder / name).is_file() for name in sample))
-
-
-def _join(parts: list[tuple[str, Dataset]]) -> Dataset:
-    """Put the files of several splits together; an image that is in more than one must be annotated alike."""
-    classes = tuple(dict.fromkeys(name for _, part in parts for name in part.classes))
-    index: dict[str, int] = {}
-    kept: list[Dataset] = []
-    splits: dict[str, list[int]] = {}
-    findings = []
-    first: dict[str, tuple[Dataset, int]] = {}
-    for split, narrow in parts:
-        part = narrow.with_classes(classes)
-        new = []
-        for i, image_id in enumerate(part.image_ids):
-            if image_id not in index:
-                index[image_id] = len(index)
-                first[image_id] = (part, i)
-                new.append(i)
-            elif not _alike(*first[image_id], part, i):
-                findings.append(
-                    Finding(
-                        code="image-twice",
-                        severity="error",
-                        image=i,
-                        file=part.sources[i],
-                        place=image_id,
-                        message=f"its annotations differ from those in {first[image_id][0].sources[0]}",
-                    )
-                )
-        kept.append(part if len(new) == len(part) else part.take(new))
-        if split != _UNSPLIT:
-            splits[split] = [index[image_id] for image_id in part.image_ids]
-    raise_errors(findings, "keep the image in one file, or with the same annotations in all")
-    return replace(
-        _concatenate(kept), split_indices={name: np.array(at, dtype=np.int64) for name, at in splits.items()}
-    )
-
-
-def _alike(a: Dataset, i: int, b: Dataset, j: int) -> bool:
-    one, other = a[i], b[j]
-    return one.names == other.names and np.array_equal(one.boxes, other.boxes)
-
-
-def _concatenate(parts: list[Dataset]) -> Dataset:
-    def text(name: str, blank: Any, length: str) -> Any:
-        columns = [getattr(part, name) for part in parts]
-        if all(column is None for column in columns):
-            return None
-        return tuple(
-            value
-            for part, column in zip(parts, columns, strict=True)
-            for value in (column if column is not None else (blank,) * len(getattr(part, length)))
-        )
-
-    no_extra: Mapping[str, Any] = {}
-    counts = np.concatenate([part.boxes_per_image() for part in parts])
-    arrays: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in ("sizes", "boxes", "labels", "difficult", "crowd", "area", "records")
-    }
-    return Dataset(
-        classes=parts[0].classes,
-        image_ids=text("image_ids", "", "paths"),
-        paths=text("paths", "", "paths"),
-        sources=text("sources", "", "paths"),
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        masks=text("masks", None, "labels"),
-        extra=text("extra", no_extra, "paths"),
-        box_extra=text("box_extra", no_extra, "labels"),
-        **arrays,
-    )
+    return folder_of(file.file_names, likely)
 
 
 FORMAT = Format(
@@ -303,5 +201,7 @@ FORMAT = Format(
     read=read,
     write=write,
     options=CocoOptions,
-    carries=frozenset({"classes", "difficult", "crowd", "area", "masks", "extra", "box_extra", "split_indices"}),
+    carries=frozenset(
+        {"image_ids", "classes", "difficult", "crowd", "area", "masks", "extra", "box_extra", "split_indices"}
+    ),
 )

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from detkit.data import Dataset, Flags, Indices
     from detkit.images import Header
 
-Severity: TypeAlias = Literal["error", "warning"]
+Severity: TypeAlias = Literal["error", "warning", "note"]
+"""An error stops training; a warning is told; a note is a limit that some backend would meet."""
 
 TOLERANCE_PX = 1.0
 """How far a box may hang over the image's border before that is an error; annotation tools round."""
@@ -47,6 +48,10 @@ class Finding:
     """Row of the box in the data set."""
     place: str = ""
     """The record as one looks for it in the file, e.g. ``object 3 (RBC)`` or ``annotations[17]``."""
+    line: int | None = None
+    """Line of the file, counted from 1."""
+    column: int | None = None
+    """Column of the line, counted from 1."""
 
     def __str__(self) -> str:
         return f"{': '.join(part for part in (self.file, self.place, self.message) if part)} [{self.code}]"
@@ -57,8 +62,11 @@ def count_codes(findings: Iterable[Finding]) -> dict[str, int]:
     return dict(Counter(finding.code for finding in findings).most_common())
 
 
-def raise_errors(findings: Iterable[Finding], hint: str = "") -> None:
-    """Raise one `InvalidData` that carries every error among the findings; do nothing where there is none."""
+def raise_errors(findings: Iterable[Finding], hint: str = "", partial: Dataset | None = None) -> None:
+    """Raise one `InvalidData` that carries every error among the findings; do nothing where there is none.
+
+    ``partial`` is the data without what is at fault, where there is such a thing.
+    """
     errors = [finding for finding in findings if finding.severity == "error"]
     if not errors:
         return
@@ -66,7 +74,7 @@ def raise_errors(findings: Iterable[Finding], hint: str = "") -> None:
     lines = [f"{len(errors)} error(s) in the data ({counts}):", *(f"  {finding}" for finding in errors[:_SHOWN])]
     if len(errors) > _SHOWN:
         lines.append(f"  ... and {len(errors) - _SHOWN} more")
-    raise InvalidData("\n".join(lines), errors, hint)
+    raise InvalidData("\n".join(lines), errors, hint, partial)
 
 
 def image_finding(error: ImageError, index: int | None, file: str = "", place: str = "") -> Finding:

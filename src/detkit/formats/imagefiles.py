@@ -14,14 +14,11 @@ from detkit.files import inside, place
 from detkit.images import Header, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from detkit.data import Dataset
 
 Result = TypeVar("Result")
-
-SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test", "trainval"})
-"""Folder names, in lower case, that mean a split."""
 
 LARGEST_SIDE = 2**31
 """Pixels; a larger number in an annotation is no size."""
@@ -56,6 +53,14 @@ def stem(image_id: str) -> str:
     return head if head and "/" not in ending else image_id
 
 
+def folder_of(names: Sequence[str], likely: Iterable[Path]) -> Path:
+    """Return the folder that has most of a sample of the files; the likeliest one, the first, where none has any."""
+    folders = [folder for folder in dict.fromkeys(likely) if folder.is_dir()]
+    safe = [name for name in names if name and not leaves(name)]
+    sample = safe[:: max(1, len(safe) // 8)]
+    return max(folders, key=lambda folder: sum((folder / name).is_file() for name in sample))
+
+
 def read_headers(paths: Sequence[str]) -> list[Header | ImageError]:
     """Open each file far enough for its size; an error takes the place of a header that cannot be read."""
     return _map(read_header, paths)
@@ -87,13 +92,6 @@ def require_finite(data: Dataset) -> None:
         raise InvalidData(
             f"{data.image_ids[image]}: {len(bad)} box(es) are not finite; run `detkit check` and mend them"
         )
-
-
-def require_split_names(data: Dataset) -> None:
-    """Raise `InvalidData` where a split's name cannot be that of a file."""
-    for name in data.split_indices:
-        if not name or name.startswith(".") or any(sign in name for sign in "/\\\0"):
-            raise InvalidData(f"a split cannot be called {name!r}, as it becomes the name of a file; rename it")
 
 
 def _read_file(path: str) -> ImageFile:

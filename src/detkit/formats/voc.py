@@ -22,11 +22,12 @@ from msgspec import Meta
 
 from detkit.boxes import Boxes, area
 from detkit.data import Dataset
-from detkit.errors import ImageError, InvalidData, did_you_mean
+from detkit.errors import DetkitWarning, ImageError, InvalidData, did_you_mean
 from detkit.formats import Format
 from detkit.formats.findings import image_finding, raise_errors
-from detkit.formats.imagefiles import SPLIT_FOLDERS, leaves, read_headers, stem
-from detkit.formats.vocwriter import write
+from detkit.formats.imagefiles import leaves, read_headers, stem
+from detkit.formats.splits import SPLIT_FOLDERS
+from detkit.formats.vocwriter import carries_key, write
 from detkit.formats.vocxml import Objects, xml_error
 from detkit.images import EXTENSIONS
 from detkit.params import Options
@@ -42,10 +43,6 @@ _MASK_FOLDERS = frozenset({"segmentationclass", "segmentationobject", "trimaps"}
 """Folders, in lower case, whose pictures are masks."""
 _SNIFFED = 4
 """XML files of a folder that are looked into for its format."""
-
-
-class DetkitWarning(UserWarning):
-    """detkit had to decide something about the data that the data does not say."""
 
 
 class VocOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -376,5 +373,6 @@ FORMAT = Format(
     read=read,
     write=write,
     options=VocOptions,
-    carries=frozenset({"difficult", "box_extra", "split_indices"}),
+    carries=frozenset({"image_ids", "difficult", "box_extra", "split_indices"}),
+    carries_key=carries_key,
 )

@@ -9,20 +9,22 @@ from xml.sax.saxutils import escape
 
 from detkit.errors import InvalidData
 from detkit.files import inside
-from detkit.formats.imagefiles import place_images, require_finite, require_split_names, stem
+from detkit.formats.imagefiles import place_images, require_finite, stem
+from detkit.formats.splits import require_split_names
 from detkit.images import EXTENSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from detkit.data import Dataset, Extra
+    from detkit.params import Options
 
 _OWN = {"name", "difficult", "bndbox", "part"}
 _TAG = re.compile(r"[A-Za-z_][\w.-]*")
 _UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 
-def write(data: Dataset, folder: Path) -> None:
+def write(data: Dataset, folder: Path, _options: Options) -> None:
     """Write ``JPEGImages/``, ``Annotations/`` and, where the data came split, ``ImageSets/Main/``.
 
     VOC carries neither crowds, masks, areas nor unused classes; those stay behind.
@@ -87,9 +89,14 @@ def _lines(data: Dataset, i: int) -> Iterator[str]:
     yield "</annotation>"
 
 
+def carries_key(key: str, value: object) -> bool:
+    """Whether a key of an object becomes an element of its own; one that is written anyway does not."""
+    return key not in _OWN and _TAG.fullmatch(key) is not None and isinstance(value, (str, int, float))
+
+
 def _extra_lines(extra: Extra) -> Iterator[str]:
     for key, value in extra.items():
-        if key not in _OWN and _TAG.fullmatch(key) and isinstance(value, (str, int, float)):
+        if carries_key(key, value):
             yield f"\t\t<{key}>{escape(str(value))}</{key}>"
 
 

@@ -43,7 +43,7 @@ def read(path: Path, options: Options) -> Dataset:
     return Dataset.from_samples(sorted({name for sample in samples for name in sample.names}), samples)
 
 
-def write(data: Dataset, folder: Path) -> None:
+def write(data: Dataset, folder: Path, options: Options) -> None:
     place_images(data, folder / "images")
     with (folder / "boxes.csv").open("w", newline="") as file:
         writer = csv.writer(file)
