@@ -15,7 +15,8 @@ from detkit.data import Dataset
 from detkit.params import Options
 
 COLUMNS = ("image_ids", "classes", "difficult", "crowd", "area", "masks", "extra", "box_extra", "split_indices")
-"""What a format may carry beyond boxes and the names of their classes; ``classes``: their order, and those without boxes."""
+"""What a format may carry beyond boxes and the names of their classes; ``classes``:
+the order, and those without boxes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Format:
     options: type[Options] = Options
     """Typed reading options; all have defaults."""
     write_options: type[Options] = Options
-    """Typed writing options; all have defaults. One that is called like a column, and is true, says that it is carried."""
+    """Typed writing options; all have defaults. One called like a column, and true, says that it is carried."""
     carries: frozenset[str] = frozenset({"image_ids"})
     """Columns beyond boxes and names that survive writing and reading: some of `COLUMNS`."""
     carries_key: Callable[[str, Any], bool] = lambda key, value: True

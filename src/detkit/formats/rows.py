@@ -35,10 +35,10 @@ class ListOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     classes: Annotated[
         tuple[str, ...],
-        Meta(description="class names in order of their numbers; where not given, those of classes.txt"),
+        Meta(description="class names in order of their numbers; those of classes.txt if absent"),
     ] = ()
     images: Annotated[
-        str, Meta(description="folder that the image names begin in; where not given, it is looked for near the file")
+        str, Meta(description="folder that the image names begin in; looked for near the file if absent")
     ] = ""
 
 
