@@ -24,8 +24,11 @@ _HOME = {
     "draw": "drawing",
     "evaluate": "evaluation",
     "export": "exporting",
+    "merge": "curation",
     "open_run": "catalog",
     "read_dataset": "io",
+    "remap": "curation",
+    "sample": "curation",
     "score": "scores",
     "write_dataset": "io",
 }
@@ -45,14 +48,18 @@ __all__ = [
     "draw",
     "evaluate",
     "export",
+    "merge",
     "open_run",
     "read_dataset",
+    "remap",
+    "sample",
     "score",
     "write_dataset",
 ]
 
 if TYPE_CHECKING:
     from detkit.catalog import open_run
+    from detkit.curation import merge, remap, sample
     from detkit.data import Dataset, Detections, Sample
     from detkit.drawing import draw
     from detkit.errors import DetkitError

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from detkit import images
 from detkit.boxes import Boxes, area
 from detkit.errors import ClassMismatch, InvalidData, InvalidValue, UnknownName, UsageError
+from detkit.stratification import stratify
 
 Indices: TypeAlias = NDArray[np.int64]
 Flags: TypeAlias = NDArray[np.bool_]
@@ -261,23 +263,55 @@ class Dataset:
         table = np.array([index.get(name, -1) for name in self.classes], dtype=np.int64)
         return replace(self, classes=tuple(classes), labels=table[self.labels] if len(table) else self.labels.copy())
 
-    def split(self, *fractions: float, seed: int = 0) -> tuple[Dataset, ...]:
+    def split(self, *fractions: float, seed: int = 0, group_by: str | None = None) -> tuple[Dataset, ...]:
         """Cut the data into parts by image, each class spread over the parts in proportion to its boxes.
 
         ``fractions`` sum to 1; every part has its exact share of images, rounded to whole ones. The same seed gives the
-        same parts. Data that came split keeps its splits: this raises `UsageError` and names them. The method is
-        iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011, "On the Stratification of Multi-label Data").
+        same parts. ``group_by`` keeps images together that belong together, so that none of a group is in two parts:
+        the name of a key of every image's record (``extra``), or a regular expression whose first group, or whole
+        match, at the beginning of the image id names the group; shares are then as near as whole groups allow. Data
+        that came split keeps its splits: this raises `UsageError` and names them.
         """
         if self.split_indices:
             names = ", ".join(f"{name} ({len(at)})" for name, at in self.split_indices.items())
             raise UsageError(
                 f"this data came with splits: {names}; use data.splits[...], or data.take(range(len(data))) to cut anew"
             )
+        return tuple(self.take(part) for part in self.split_positions(*fractions, seed=seed, group_by=group_by))
+
+    def split_positions(self, *fractions: float, seed: int = 0, group_by: str | None = None) -> list[list[int]]:
+        """Return the image indices of the parts that `split` makes, also where the data came split."""
         if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
             raise InvalidValue("fractions", fractions, "positive numbers that sum to 1")
-        if len(self) < len(fractions):
-            raise UsageError(f"{len(self)} image(s) cannot be cut into {len(fractions)} parts; each needs at least one")
-        return tuple(self.take(part) for part in _stratify(self, np.array(fractions), seed))
+        groups = np.arange(len(self)) if group_by is None else self._groups(group_by)
+        found = int(groups.max(initial=-1)) + 1
+        if found < len(fractions):
+            what = "image(s)" if group_by is None else f"group(s) by {group_by!r}"
+            raise UsageError(f"{found} {what} cannot be cut into {len(fractions)} parts; each needs at least one")
+        counts = np.zeros((len(self), len(self.classes)), dtype=np.int64)
+        np.add.at(counts, (np.repeat(np.arange(len(self)), self.boxes_per_image()), self.labels), 1)
+        return stratify(counts, np.array(fractions), groups, seed)
+
+    def _groups(self, by: str) -> Indices:
+        """Return the number of each image's group."""
+        index: dict[str, int] = {}
+        return np.array([index.setdefault(name, len(index)) for name in self._group_names(by)], dtype=np.int64)
+
+    def _group_names(self, by: str) -> list[str]:
+        if self.extra is not None and any(by in extra for extra in self.extra):
+            lacking = next((i for i, extra in enumerate(self.extra) if by not in extra), None)
+            if lacking is not None:
+                raise InvalidValue("group_by", by, f"image {self.image_ids[lacking]!r} has no such key in its record")
+            return [str(extra[by]) for extra in self.extra]
+        try:
+            pattern = re.compile(by)
+        except re.error as error:
+            raise InvalidValue("group_by", by, f"no key of the images' records, and no expression: {error}") from None
+        matches = [pattern.match(image_id) for image_id in self.image_ids]
+        if None in matches:
+            image_id = self.image_ids[matches.index(None)]
+            raise InvalidValue("group_by", by, f"no key of the images' records, and image {image_id!r} does not match")
+        return [match[1 if pattern.groups else 0] or "" for match in matches if match is not None]
 
     def digest(self) -> str:
         """Return the sha256 of classes, image ids, sizes and boxes; pixels are not part of it."""
@@ -356,43 +390,6 @@ class _Splits(Mapping[str, Dataset]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._data.split_indices
-
-
-def _stratify(data: Dataset, fractions: NDArray[np.float64], seed: int) -> list[list[int]]:
-    """Assign images, those of the rarest class first, to the part that still lacks most boxes of that class."""
-    rng = np.random.default_rng(seed)
-    n, k = len(data), len(data.classes)
-    counts = np.zeros((n, k), dtype=np.int64)
-    np.add.at(counts, (np.repeat(np.arange(n), data.boxes_per_image()), data.labels), 1)
-    room = _largest_remainders(fractions, n)
-    wanted = fractions[:, None] * counts.sum(axis=0)[None, :]
-    part_of = np.full(n, -1)
-    shuffled = rng.permutation(n)
-    for label in np.argsort(counts.sum(axis=0), kind="stable"):
-        members = shuffled[(part_of[shuffled] < 0) & (counts[shuffled, label] > 0)]
-        for i in members[np.argsort(-counts[members, label], kind="stable")]:
-            open_parts = np.flatnonzero(room > 0)
-            lack = wanted[open_parts, label] / fractions[open_parts]
-            best = open_parts[np.lexsort((-room[open_parts], -lack))[0]]
-            part_of[i] = best
-            room[best] -= 1
-            wanted[best] -= counts[i]
-    for i in shuffled[part_of[shuffled] < 0]:
-        best = int(np.argmax(room / fractions))
-        part_of[i] = best
-        room[best] -= 1
-    return [np.flatnonzero(part_of == part).tolist() for part in range(len(fractions))]
-
-
-def _largest_remainders(fractions: NDArray[np.float64], total: int) -> Indices:
-    """Round shares to whole numbers that sum to ``total``, each at least one."""
-    exact = fractions * total
-    whole = np.maximum(np.floor(exact).astype(np.int64), 1)
-    while whole.sum() < total:
-        whole[np.argmax(exact - whole)] += 1
-    while whole.sum() > total:
-        whole[np.argmax(np.where(whole > 1, whole - exact, -np.inf))] -= 1
-    return whole
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

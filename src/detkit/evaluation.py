@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from detkit import plugins
-from detkit.data import Dataset, Detections
+from detkit.data import Dataset
 from detkit.errors import SeenImages, UsageError
 from detkit.formats.findings import prepare
 from detkit.io import read_dataset
 from detkit.job import Model
 from detkit.predictor import Predictor, find_model
+from detkit.progress import shown, track
 from detkit.runs import Run
 from detkit.scores import SCORE_FLOOR, Scores, score
 
@@ -48,10 +48,13 @@ def evaluate(
     data = data.with_classes(found.classes, f"the data, for {found.name}")
     seen_in = _overlap(found, data, digests, allow_seen)
     limit = max_detections or found.manifest.max_detections
-    with Predictor(
-        found, score_threshold=SCORE_FLOOR, max_detections=limit, device=device, batch_size=batch_size
-    ) as predictor:
-        detections = list(_with_progress(predictor.predict(data), len(data), progress))
+    with (
+        Predictor(
+            found, score_threshold=SCORE_FLOOR, max_detections=limit, device=device, batch_size=batch_size
+        ) as predictor,
+        shown(progress),
+    ):
+        detections = list(track(predictor.predict(data), "evaluate", total=len(data)))
     scores = score(data, detections, max_detections=limit, score_floor=SCORE_FLOOR)
     extra = {
         name: value for metric in plugins.metrics().values() for name, value in metric.compute(data, detections).items()
@@ -80,13 +83,3 @@ def _overlap(model: Model, data: Dataset, digests: list[str], allow: bool) -> st
         if files:
             return role
     return ""
-
-
-def _with_progress(found: Iterable[Detections], total: int, show: bool) -> Iterator[Detections]:
-    if not show:
-        yield from found
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(found, "evaluate", total=total, console=Console(stderr=True), transient=True)

@@ -7,7 +7,7 @@ import secrets
 import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from detkit import plugins
 from detkit.errors import DetkitWarning, StorageError, UnknownName, Unsupported, UsageError
@@ -27,18 +27,32 @@ def read_dataset(path: str | Path, format: str | None = None, *, split: str | No
     where, named = _separate(path)
     if named and split and named != split:
         raise UsageError(f"{path} names the split {named!r}, the call {split!r}; give one of them")
-    if not where.exists():
-        raise UsageError(f"there is no file or folder {where} (looked for from {Path.cwd()})")
-    chosen = _format(format) if format else _sniff(where)
+    chosen = recognise(where, format)
     data = chosen.read(where, set_fields(chosen.options(), options, kind=f"option of format {chosen.name}"))
     wanted = split or named
     return data.splits[wanted] if wanted else data
 
 
-def write_dataset(data: Dataset, path: str | Path, format: str = "coco", **options: Any) -> Path:
+def recognise(path: str | Path, format: str | None = None) -> Format:
+    """Return the format of a data set: the one of that name, or the one that its files show. Raises `UsageError`."""
+    where, _ = _separate(path)
+    if not where.exists():
+        raise UsageError(f"there is no file or folder {where} (looked for from {Path.cwd()})")
+    return _format(format) if format else _sniff(where)
+
+
+def write_dataset(
+    data: Dataset,
+    path: str | Path,
+    format: str = "coco",
+    *,
+    images: Literal["link", "copy"] = "link",
+    **options: Any,
+) -> Path:
     """Write a data set into a new folder and return it; the folder appears only once it is complete.
 
-    Images become hard links where possible. ``options`` are the format's own for writing. Warns once of everything that
+    Images become hard links where possible, which cost no space and change with the file they are links to, or copies
+    of their own with ``images="copy"``. ``options`` are the format's own for writing. Warns once of everything that
     the format cannot carry. Raises `UsageError` for a target that holds anything, `Unsupported` where the format cannot
     be written, `StorageError`.
     """
@@ -53,6 +67,8 @@ def write_dataset(data: Dataset, path: str | Path, format: str = "coco", **optio
     try:
         beside.mkdir(parents=True)
         chosen.write(data, beside, settings)
+        if images == "copy":
+            _copy_links(beside)
         os.replace(beside, target)
     except OSError as error:
         raise StorageError(target, error) from error
@@ -61,6 +77,15 @@ def write_dataset(data: Dataset, path: str | Path, format: str = "coco", **optio
     if lost:
         warnings.warn(f"{target}: {_told(chosen, lost)}", DetkitWarning, stacklevel=2)
     return target
+
+
+def _copy_links(folder: Path) -> None:
+    """Replace files that are links to others' by files of their own."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
+            own = path.with_name(f".{path.name}.own")
+            shutil.copy2(path, own)
+            os.replace(own, path)
 
 
 def _told(format: Format, lost: dict[str, int]) -> str:

@@ -12,7 +12,19 @@ from typing import Annotated
 import typer
 
 import detkit
-from detkit.cli import backends, demo, doctor, evaluation, export, messages, models, prediction, runs, training
+from detkit.cli import (
+    backends,
+    curation,
+    demo,
+    doctor,
+    evaluation,
+    export,
+    messages,
+    models,
+    prediction,
+    runs,
+    training,
+)
 from detkit.errors import DetkitError
 
 app = typer.Typer(
@@ -27,6 +39,8 @@ app = typer.Typer(
 # Flags that a backend declares are not known here: `train` and `explain` collect them.
 _OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+for verb in (curation.convert, curation.split, curation.merge, curation.sample, curation.remap):
+    app.command(context_settings=_OPEN)(verb)
 app.command(context_settings=_OPEN)(training.train)
 app.command()(prediction.predict)
 app.command()(evaluation.evaluate)
