@@ -13,40 +13,33 @@ def stratify(
 
     ``counts`` is ``(images, classes)``, the boxes of each class on each image; ``fractions`` sum to 1; ``groups`` is
     ``(images,)``, and images of one group stay together. Where every image is its own group, each part has its exact
-    share of images, rounded to whole ones. Groups of the rarest class are dealt out first, each to the part that still
-    lacks most boxes of that class: iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011, "On the
-    Stratification of Multi-label Data"), with groups as its units.
+    share of images, rounded to whole ones.
+
+    Large groups and those that hold most of a class come first, each goes to the part that lacks most of what it holds,
+    a class weighing the more the rarer it is. That is iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011,
+    "On the Stratification of Multi-label Data") with groups as units and all classes of a unit weighed at once.
     """
     rng = np.random.default_rng(seed)
     num_groups = int(groups.max(initial=-1)) + 1
     sizes = np.bincount(groups, minlength=num_groups)
     boxes = np.zeros((num_groups, counts.shape[1]), dtype=np.int64)
     np.add.at(boxes, groups, counts)
+    totals = np.maximum(boxes.sum(axis=0), 1)
+    share_of_class = boxes / totals
     room = largest_remainders(fractions, len(groups))
-    wanted = fractions[:, None] * boxes.sum(axis=0)[None, :]
+    lacking = np.repeat((boxes.sum(axis=0) > 0)[None, :], len(fractions), axis=0).astype(np.float64)
     part_of = np.full(num_groups, -1)
-    # A large group that comes late would find no room.
     shuffled = rng.permutation(num_groups)
-    shuffled = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
-
-    def put(group: int, part: int) -> None:
-        part_of[group] = part
-        room[part] -= sizes[group]
-        wanted[part] -= boxes[group]
-
-    def open_parts(group: int) -> NDArray[np.int64]:
-        fitting = np.flatnonzero(room >= sizes[group])
-        return fitting if len(fitting) else np.flatnonzero(room == room.max())
-
-    for label in np.argsort(boxes.sum(axis=0), kind="stable"):
-        members = shuffled[(part_of[shuffled] < 0) & (boxes[shuffled, label] > 0)]
-        for group in members[np.argsort(-boxes[members, label], kind="stable")].tolist():
-            parts = open_parts(group)
-            lack = wanted[parts, label] / fractions[parts]
-            put(group, int(parts[np.lexsort((-room[parts], -lack))[0]]))
-    for group in shuffled[part_of[shuffled] < 0].tolist():
-        parts = open_parts(group)
-        put(group, int(parts[np.argmax(room[parts] / fractions[parts])]))
+    order = shuffled[np.lexsort((-share_of_class.max(axis=1, initial=0)[shuffled], -sizes[shuffled]))]
+    for group in order.tolist():
+        parts = np.flatnonzero(room >= sizes[group])
+        if not len(parts):
+            parts = np.flatnonzero(room == room.max())
+        lack = lacking[parts] @ share_of_class[group]
+        best = int(parts[np.lexsort((-room[parts] / fractions[parts], -lack))[0]])
+        part_of[group] = best
+        room[best] -= sizes[group]
+        lacking[best] -= share_of_class[group] / fractions[best]
     return [np.flatnonzero(part_of[groups] == part).tolist() for part in range(len(fractions))]
 
 

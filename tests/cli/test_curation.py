@@ -10,9 +10,11 @@ import pytest
 from detkit import read_dataset
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+    from typing import Any
 
-    from tests.cli.conftest import Cli
+    Cli = Callable[..., Any]
 
 
 def test_convert_there_and_back(cli: Cli, data: Path, tmp_path: Path) -> None:
