@@ -20,7 +20,7 @@ _HOME = {
     "Sample": "data",
     "Scores": "scores",
     "Trainer": "trainer",
-    "check": "formats.findings",
+    "check": "checking",
     "draw": "drawing",
     "evaluate": "evaluation",
     "export": "exporting",
@@ -59,13 +59,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from detkit.catalog import open_run
+    from detkit.checking import check
     from detkit.curation import merge, remap, sample
     from detkit.data import Dataset, Detections, Sample
     from detkit.drawing import draw
     from detkit.errors import DetkitError
     from detkit.evaluation import evaluate
     from detkit.exporting import export
-    from detkit.formats.findings import check
     from detkit.io import read_dataset, write_dataset
     from detkit.job import Model
     from detkit.predictor import Predictor

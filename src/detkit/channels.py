@@ -11,7 +11,8 @@ import numpy as np
 
 from detkit.data import Dataset
 from detkit.errors import InvalidData, UsageError
-from detkit.formats.findings import Finding, Prepared, prepare, raise_errors
+from detkit.formats.checks import Prepared, prepare
+from detkit.formats.findings import Finding, raise_errors
 from detkit.io import read_dataset
 from detkit.job import Model
 

@@ -9,7 +9,7 @@ from typing import Literal
 from detkit import plugins
 from detkit.data import Dataset
 from detkit.errors import SeenImages, UsageError
-from detkit.formats.findings import prepare
+from detkit.formats.checks import prepare
 from detkit.io import read_dataset
 from detkit.job import Model
 from detkit.predictor import Predictor, find_model

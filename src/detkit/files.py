@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from detkit.errors import InvalidData, StorageError
+from detkit.recordio import packed, packed_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +28,17 @@ def inside(relative: str) -> Path:
 
 
 def place(source: Path, target: Path) -> None:
-    """Make a file appear at another path: hard link, else symbolic link, else copy. Raises `StorageError`."""
+    """Make a file appear at another path: hard link, else symbolic link, else copy. Raises `StorageError`.
+
+    An image in a pack becomes a file of its own; raises `BrokenRecord` where it cannot be read.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    where = packed(source)
+    if where is not None:
+        content = packed_image(*where)
+        with atomic_write(target) as file:
+            file.write(content)
+        return
     real = source.resolve()
     try:
         os.link(real, target)
@@ -77,6 +87,14 @@ def write_json(path: Path, value: Any) -> None:
     compact = msgspec.json.encode(value)
     with atomic_write(path) as file:
         file.write(msgspec.json.format(compact, indent=1) if len(compact) < _READ_BY_PEOPLE else compact)
+
+
+def cache_folder() -> Path:
+    """Return where detkit keeps what it can make again: ``$DETKIT_CACHE``, else a folder in the user's cache."""
+    chosen = os.environ.get("DETKIT_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "detkit"
 
 
 def file_sha256(path: Path) -> str:

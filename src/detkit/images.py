@@ -1,4 +1,7 @@
-"""Reading one image: always uint8, height x width x RGB, turned the way EXIF says it should be seen."""
+"""Reading one image: always uint8, height x width x RGB, turned the way EXIF says it should be seen.
+
+A path is that of a file, or of an image in a RecordIO pack: ``train.rec#12345``, see `detkit.recordio`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL import ImageOps, UnidentifiedImageError
 
-from detkit.errors import ImageError
+from detkit.errors import BrokenRecord, ImageError
+from detkit.recordio import packed, packed_image
 
 Image: TypeAlias = NDArray[np.uint8]
 """``(height, width, 3)`` RGB pixels."""
@@ -33,11 +37,28 @@ class Header(NamedTuple):
     """EXIF orientation, 1 to 8; 1 where the file has none."""
 
 
+def file_of(path: str | Path) -> str:
+    """Return the file that holds an image: the pack where it is in one."""
+    where = packed(path)
+    return str(path) if where is None else where[0]
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Return the bytes of an image file, or of an image in a pack. Raises `ImageError`."""
+    try:
+        where = packed(path)
+        return Path(path).read_bytes() if where is None else bytes(packed_image(*where))
+    except (OSError, ValueError) as error:
+        raise ImageError(path, _why(error)) from error
+    except BrokenRecord as error:
+        raise ImageError(path, error.why) from error
+
+
 def read_header(source: str | Path | bytes, name: str = "") -> Header:
     """Read size and orientation of a file, or of its bytes, without decoding the pixels. Raises `ImageError`."""
     label = name or ("<bytes>" if isinstance(source, bytes) else str(source))
     try:
-        with PillowImage.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with PillowImage.open(_readable(source)) as image:
             orientation = _orientation(image)
             width, height = image.size
     except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
@@ -53,7 +74,7 @@ def read_image(source: str | Path | bytes, name: str = "") -> Image:
     """
     label = name or ("<bytes>" if isinstance(source, bytes) else str(source))
     try:
-        with PillowImage.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with PillowImage.open(_readable(source)) as image:
             return to_array(image, label)
     except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
         raise ImageError(label, _why(error)) from error
@@ -91,6 +112,13 @@ def _orientation(image: PillowImage.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
+def _readable(source: str | Path | bytes) -> io.BytesIO | str | Path:
+    """Return what Pillow opens: a file by its name, so that no more than its header is read."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return source if packed(source) is None else io.BytesIO(read_bytes(source))
+
+
 def _why(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
@@ -98,4 +126,6 @@ def _why(error: Exception) -> str:
         return "it is a folder"
     if isinstance(error, UnidentifiedImageError):
         return "it is no image that Pillow knows, or it is empty"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error) or type(error).__name__

@@ -20,7 +20,7 @@ from detkit.data import Dataset
 from detkit.dialects import Note, refuse, typed
 from detkit.errors import MissingSettings, UnknownName, Unsupported, UsageError, did_you_mean
 from detkit.files import place
-from detkit.formats.findings import Prepared
+from detkit.formats.checks import Prepared
 from detkit.job import Job, Model, Workspace
 from detkit.live import follow
 from detkit.params import INSTEAD, Options, Params, describe, nullable, set_fields

@@ -16,7 +16,8 @@ from PIL import Image
 from detkit import read_dataset, write_dataset
 from detkit.data import Dataset
 from detkit.errors import DetkitWarning, InvalidData
-from detkit.formats.findings import check, count_codes
+from detkit.formats.checks import check_annotations
+from detkit.formats.findings import count_codes
 from detkit.testing import FormatTests, tiny_dataset
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def test_unusual_but_right(tmp_path: Path) -> None:
     assert data.classes == ("disc", "red cell")
     assert data.difficult.tolist() == [False, False, True]
     assert data.box_extra == ({}, {"pose": "Left"}, {})
-    assert not check(data)
+    assert not check_annotations(data)
 
 
 @pytest.mark.parametrize("side", ["", "0", "-3", "1e300", "inf", "nan", "wide"])
@@ -278,7 +279,7 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
     folder = ("train/", "valid/") if layout == "train/valid" else ("", "")
     assert data.image_ids == (f"{folder[0]}a.jpg", f"{folder[1]}b.jpg")
     assert list(data.splits) == (["train", "valid"] if layout == "train/valid" else [])
-    assert not check(data)
+    assert not check_annotations(data)
 
 
 def test_names_that_would_collide(tmp_path: Path) -> None:
@@ -306,7 +307,7 @@ def test_what_voc_cannot_say(tmp_path: Path) -> None:
 def test_neu_det() -> None:
     data = read_dataset(REAL / "neu-det")
     assert (len(data), len(data.boxes), len(data.classes)) == (1800, 4189, 6)
-    assert count_codes(check(data)) == {"duplicate": 3}
+    assert count_codes(check_annotations(data)) == {"duplicate": 3}
 
 
 @pytest.mark.skipif(not (REAL / "bccd").is_dir(), reason="BCCD is not here")
@@ -317,7 +318,7 @@ def test_bccd(tmp_path: Path) -> None:
     assert (len(data), len(data.boxes)) == (364, 4888)
     assert data.boxes_per_class() == {"Platelets": 361, "RBC": 4155, "WBC": 372}
     assert list(data.splits) == ["test", "train", "trainval", "val"]
-    assert [finding.file.rpartition("_")[2] for finding in check(data)] == ["00338.xml", "00343.xml"]
+    assert [finding.file.rpartition("_")[2] for finding in check_annotations(data)] == ["00338.xml", "00343.xml"]
     for name in ("voc", "coco"):
         back = read_dataset(write_dataset(data, tmp_path / name, name))
         assert len(back) == len(data)

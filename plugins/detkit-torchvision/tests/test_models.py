@@ -16,7 +16,7 @@ from torchvision.models import detection
 
 from detkit.backends import PredictOptions
 from detkit.data import Dataset
-from detkit.formats.findings import prepare
+from detkit.formats.checks import prepare
 from detkit.job import Job, Model, Workspace
 from detkit_torchvision.engine import TorchvisionEngine
 from detkit_torchvision.models import MODELS, build, coco_weights, copy_by_name, head_rows

@@ -14,6 +14,7 @@ import typer
 import detkit
 from detkit.cli import (
     backends,
+    check,
     curation,
     demo,
     doctor,
@@ -39,7 +40,7 @@ app = typer.Typer(
 # Flags that a backend declares are not known here: `train` and `explain` collect them.
 _OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-for verb in (curation.convert, curation.split, curation.merge, curation.sample, curation.remap):
+for verb in (check.check, curation.convert, curation.split, curation.merge, curation.sample, curation.remap):
     app.command(context_settings=_OPEN)(verb)
 app.command(context_settings=_OPEN)(training.train)
 app.command()(prediction.predict)

@@ -14,7 +14,9 @@ from detkit import read_dataset, write_dataset
 from detkit.boxes import orient
 from detkit.data import Dataset, Sample
 from detkit.errors import InvalidData
-from detkit.formats.findings import Finding, check, count_codes, prepare
+from detkit.formats.checks import check_annotations, prepare
+from detkit.formats.findings import Finding, count_codes
+from detkit.formats.imagefiles import read_headers
 from detkit.images import read_image
 from detkit.testing import tiny_dataset
 
@@ -25,6 +27,10 @@ BAD = {
     "zero-area": (5.0, 3.0, 5.0, 8.0),
     "outside": (30.0, 3.0, 42.0, 8.0),
 }
+
+
+def _check(data: Dataset) -> list[Finding]:
+    return check_annotations(data, read_headers(data.paths))
 
 
 def picture(folder: Path, *boxes: tuple[float, ...], name: str = "a.png") -> Dataset:
@@ -52,7 +58,7 @@ def picture(folder: Path, *boxes: tuple[float, ...], name: str = "a.png") -> Dat
     ],
 )
 def test_one_box(tmp_path: Path, box: tuple[float, ...], code: str | None) -> None:
-    found = check(picture(tmp_path, GOOD, box))
+    found = _check(picture(tmp_path, GOOD, box))
     assert [finding.code for finding in found] == ([code] if code else [])
     for finding in found:
         assert (finding.image, finding.box, finding.record) == (0, 1, 1)
@@ -63,14 +69,14 @@ def test_one_box(tmp_path: Path, box: tuple[float, ...], code: str | None) -> No
 
 def test_duplicates(tmp_path: Path) -> None:
     data = picture(tmp_path, GOOD, (1, 1, 5, 5), GOOD, GOOD)
-    found = check(data)
+    found = _check(data)
     assert [(finding.code, finding.severity, finding.box) for finding in found] == [
         ("duplicate", "warning", 2),
         ("duplicate", "warning", 3),
     ]
     assert found[0].message == "same class and box as object 1"
     two = replace(data, classes=("disc", "square"), labels=np.array([0, 0, 1, 1]))
-    assert [finding.box for finding in check(two)] == [3]
+    assert [finding.box for finding in _check(two)] == [3]
 
 
 def test_place_in_json(tmp_path: Path) -> None:
@@ -78,7 +84,7 @@ def test_place_in_json(tmp_path: Path) -> None:
     folder = write_dataset(data, tmp_path / "out")
     boxes = data.boxes.copy()
     boxes[3, 2] = boxes[3, 0]
-    (finding,) = check(replace(read_dataset(folder), boxes=boxes))
+    (finding,) = _check(replace(read_dataset(folder), boxes=boxes))
     assert str(finding).startswith(f"{folder}/annotations.json: annotations[3] ({data.classes[data.labels[3]]}): box")
 
 
@@ -88,7 +94,7 @@ def test_images(tmp_path: Path) -> None:
     Path(data.paths[1]).write_bytes(b"no picture")
     Path(data.paths[3]).write_bytes(b"")
     Image.new("RGB", (96, 95)).save(data.paths[2])
-    found = check(data)
+    found = _check(data)
     assert [(finding.code, finding.image) for finding in found] == [
         ("missing-image", 0),
         ("unreadable-image", 1),
@@ -96,7 +102,7 @@ def test_images(tmp_path: Path) -> None:
         ("unreadable-image", 3),
     ]
     assert "the annotation says 96x96, the image is 96x95" in str(found[2])
-    assert check(data, images=False) == []
+    assert check_annotations(data, None) == []
     for on_invalid in ("raise", "drop"):
         with pytest.raises(InvalidData, match=r"(?s)4 error\(s\).*never dropped silently") as caught:
             prepare(data, on_invalid=on_invalid)
@@ -107,7 +113,7 @@ def test_a_jpeg_cut_off_after_its_header_passes_until_it_is_decoded(tmp_path: Pa
     data = tiny_dataset(tmp_path)
     content = Path(data.paths[0]).read_bytes()
     Path(data.paths[0]).write_bytes(content[: len(content) // 2])
-    assert not check(data)
+    assert not _check(data)
     assert len(prepare(data, on_invalid="raise").data) == len(data)
     with pytest.raises(InvalidData, match=r"000\.jpg"):
         data[0].image()
@@ -146,13 +152,13 @@ def test_an_image_whose_boxes_all_go_stays(tmp_path: Path) -> None:
 
 
 def test_only_negatives(tmp_path: Path) -> None:
-    assert check(picture(tmp_path)) == []
+    assert _check(picture(tmp_path)) == []
     assert len(prepare(picture(tmp_path), on_invalid="raise").data.boxes) == 0
 
 
 def test_nothing_at_all() -> None:
     empty = Dataset.from_samples(("disc",), [])
-    assert [finding.code for finding in check(empty)] == ["no-images"]
+    assert [finding.code for finding in check_annotations(empty, None)] == ["no-images"]
     with pytest.raises(InvalidData, match="no images"):
         prepare(empty, on_invalid="drop")
 
@@ -165,8 +171,8 @@ def test_overhang_is_not_clipped(tmp_path: Path) -> None:
 
 def test_unknown_size_comes_from_the_file(tmp_path: Path) -> None:
     data = replace(picture(tmp_path, GOOD, (0, 0, 45, 30)), sizes=np.zeros((1, 2), dtype=np.int64))
-    assert count_codes(check(data, images=False)) == {}
-    assert count_codes(check(data)) == {"outside": 1}
+    assert count_codes(check_annotations(data, None)) == {}
+    assert count_codes(_check(data)) == {"outside": 1}
     assert prepare(data, on_invalid="drop").data.sizes.tolist() == [[40, 30]]
 
 
@@ -202,7 +208,7 @@ def test_boxes_follow_the_pixels(tmp_path: Path, orientation: int) -> None:
     if orientation >= 5:
         as_stored = Sample(path=path, width=40, height=30, boxes=stored, names=("box",))
         data = Dataset.from_samples(("box",), [as_stored])
-        assert count_codes(check(data)) == {"turned-boxes": 1}
+        assert count_codes(_check(data)) == {"turned-boxes": 1}
         ready = prepare(data, on_invalid="raise")
         assert ready.data.boxes.tolist() == [seen]
         assert ready.data.sizes.tolist() == [[30, 40]]
@@ -216,7 +222,7 @@ def test_boxes_follow_the_pixels(tmp_path: Path, orientation: int) -> None:
 def test_a_turned_image_of_yet_another_size(tmp_path: Path) -> None:
     path, _ = turned(tmp_path, 6)
     data = Dataset.from_samples(("box",), [Sample(path=path, width=41, height=30)])
-    (finding,) = check(data)
+    (finding,) = _check(data)
     assert (finding.code, finding.severity) == ("wrong-size", "error")
     assert "the annotation says 41x30, the image is 30x40 as displayed (EXIF orientation 6)" in finding.message
 
