@@ -27,8 +27,11 @@ PUBLIC = [
     "draw",
     "evaluate",
     "export",
+    "merge",
     "open_run",
     "read_dataset",
+    "remap",
+    "sample",
     "score",
     "write_dataset",
 ]

@@ -14,10 +14,13 @@ import pytest
 from PIL import Image
 
 from detkit import read_dataset, write_dataset
+from detkit.formats.checks import check_annotations
 from detkit.data import Dataset
 from detkit.errors import DetkitWarning, InvalidData
-from detkit.formats.checks import check_annotations
+from detkit.formats import vocscan
 from detkit.formats.findings import count_codes
+from detkit.formats.imagefiles import read_headers
+from detkit.formats.vocxml import Objects
 from detkit.testing import FormatTests, tiny_dataset
 
 if TYPE_CHECKING:
@@ -100,7 +103,7 @@ def test_unusual_but_right(tmp_path: Path) -> None:
     assert data.classes == ("disc", "red cell")
     assert data.difficult.tolist() == [False, False, True]
     assert data.box_extra == ({}, {"pose": "Left"}, {})
-    assert not check_annotations(data)
+    assert not check_annotations(data, read_headers(data.paths))
 
 
 @pytest.mark.parametrize("side", ["", "0", "-3", "1e300", "inf", "nan", "wide"])
@@ -279,7 +282,7 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
     folder = ("train/", "valid/") if layout == "train/valid" else ("", "")
     assert data.image_ids == (f"{folder[0]}a.jpg", f"{folder[1]}b.jpg")
     assert list(data.splits) == (["train", "valid"] if layout == "train/valid" else [])
-    assert not check_annotations(data)
+    assert not check_annotations(data, read_headers(data.paths))
 
 
 def test_names_that_would_collide(tmp_path: Path) -> None:
@@ -307,7 +310,7 @@ def test_what_voc_cannot_say(tmp_path: Path) -> None:
 def test_neu_det() -> None:
     data = read_dataset(REAL / "neu-det")
     assert (len(data), len(data.boxes), len(data.classes)) == (1800, 4189, 6)
-    assert count_codes(check_annotations(data)) == {"duplicate": 3}
+    assert count_codes(check_annotations(data, read_headers(data.paths))) == {"duplicate": 3}
 
 
 @pytest.mark.skipif(not (REAL / "bccd").is_dir(), reason="BCCD is not here")
@@ -318,9 +321,77 @@ def test_bccd(tmp_path: Path) -> None:
     assert (len(data), len(data.boxes)) == (364, 4888)
     assert data.boxes_per_class() == {"Platelets": 361, "RBC": 4155, "WBC": 372}
     assert list(data.splits) == ["test", "train", "trainval", "val"]
-    assert [finding.file.rpartition("_")[2] for finding in check_annotations(data)] == ["00338.xml", "00343.xml"]
+    assert [finding.file.rpartition("_")[2] for finding in check_annotations(data, read_headers(data.paths))] == ["00338.xml", "00343.xml"]
     for name in ("voc", "coco"):
         back = read_dataset(write_dataset(data, tmp_path / name, name))
         assert len(back) == len(data)
         for split in data.splits:
             assert back.splits[split].digest() == data.splits[split].digest()
+
+
+def odd_files(folder: Path) -> list[str]:
+    """Files with every kind of fault, between good ones."""
+    good = "<object><name>{}</name><pose>{}</pose><difficult>{}</difficult><bndbox>{}</bndbox></object>"
+    corners = [
+        "<xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>8.5</ymax>",
+        "<ymin>2</ymin><xmin>1</xmin><ymax>8</ymax><xmax>9</xmax>",
+    ]
+    head = f"<part><name>head</name><bndbox>{corners[1]}</bndbox></part>"
+    objects = [
+        good.format("disc", "Left", 0, corners[0]) + good.format("square", "Right", 1, corners[0]),
+        good.format("disc", "", 0, corners[1]) * 2,
+        good.format(" disc ", "Left", " 1 ", corners[0]) * 3,
+        good.format("", "Left", 0, corners[0]) + good.format("disc", "Left", 0, corners[0]),
+        good.format("disc", "Left", 0, "<xmin>a</xmin><ymin/><xmax>9</xmax>"),
+        "<object><name>disc</name></object>",
+        f"<object>{head}<name>disc</name><bndbox>{corners[0]}</bndbox></object>",
+        "<object>",
+        "",
+    ]
+    files = []
+    for i in range(40):
+        file = folder / f"{i:02}-\u00e4.xml"
+        size = f"<size><width>{i}</width><height>1e400</height></size>"
+        file.write_text(f"<annotation><filename>{i}.jpg</filename>{size}{objects[i % 9]}</annotation>")
+        files.append(str(file))
+    (folder / "gone.xml").mkdir()
+    return [*files, str(folder / "gone.xml"), str(folder / "nowhere.xml")]
+
+
+def columns(files: list[str]) -> list[object]:
+    found = Objects(files)
+    return [
+        found.filenames,
+        found.sizes.tolist(),
+        found.counts.tolist(),
+        [found.vocabulary[i] for i in found.names],
+        found.corners.tolist(),
+        found.difficult.tolist(),
+        found.records.tolist(),
+        found.extra,
+        found.findings,
+    ]
+
+
+def test_helpers_read_what_one_process_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = odd_files(tmp_path)
+    monkeypatch.setenv("DETKIT_WORKERS", "1")
+    alone = columns(files)
+    assert len(alone[-1]) == 27  # type: ignore[arg-type]
+    started: list[list[str]] = []
+    monkeypatch.setattr(vocscan, "_FILES_PER_HELPER", 10)
+    original = vocscan._start
+    monkeypatch.setattr(vocscan, "_start", lambda piece: started.append(piece) or original(piece))
+    monkeypatch.setenv("DETKIT_WORKERS", "3")
+    assert columns(files) == alone
+    assert [len(piece) for piece in started] == [14, 14]
+
+
+@pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false", "/bin/echo"])
+def test_without_helpers_one_process_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executable: str) -> None:
+    files = odd_files(tmp_path)
+    alone = columns(files)
+    monkeypatch.setattr(vocscan, "_FILES_PER_HELPER", 10)
+    monkeypatch.setenv("DETKIT_WORKERS", "3")
+    monkeypatch.setattr("sys.executable", executable)
+    assert columns(files) == alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -11,7 +12,7 @@ import numpy as np
 
 from detkit.errors import ImageError, InvalidData
 from detkit.files import inside, place
-from detkit.images import Header, read_header
+from detkit.images import Header, file_of, read_bytes, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -53,12 +54,17 @@ def stem(image_id: str) -> str:
     return head if head and "/" not in ending else image_id
 
 
+def is_file(path: str) -> bool:
+    """Return whether there is such a file; a name too long or too odd for any is no error, as it is for `Path`."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def folder_of(names: Sequence[str], likely: Iterable[Path]) -> Path:
     """Return the folder that has most of a sample of the files; the likeliest one, the first, where none has any."""
     folders = [folder for folder in dict.fromkeys(likely) if folder.is_dir()]
     safe = [name for name in names if name and not leaves(name)]
     sample = safe[:: max(1, len(safe) // 8)]
-    return max(folders, key=lambda folder: sum((folder / name).is_file() for name in sample))
+    return max(folders, key=lambda folder: sum(is_file(f"{folder}/{name}") for name in sample))
 
 
 def read_headers(paths: Sequence[str]) -> list[Header | ImageError]:
@@ -73,15 +79,19 @@ def read_files(paths: Sequence[str]) -> list[ImageFile | ImageError]:
 
 def place_images(data: Dataset, folder: Path) -> None:
     """Put every image under its id into a folder. Raises `InvalidData` naming those that are missing."""
-    targets = [folder / inside(image_id) for image_id in data.image_ids]
-    missing = [path for path in data.paths if not Path(path).is_file()]
+    targets = [f"{folder}/{name if _is_plain(name) else inside(name)}" for name in data.image_ids]
+    missing = [path for path in data.paths if not os.path.isfile(file_of(path))]  # noqa: PTH113 (many files)
     if missing:
         raise InvalidData(
             f"{len(missing)} of {len(data)} images are not there, for example {', '.join(missing[:3])}; "
             "nothing was written. bring them back, or write a data set without them (data.take)"
         )
     for path, target in zip(data.paths, targets, strict=True):
-        place(Path(path), target)
+        place(path, target)
+
+
+def _is_plain(name: str) -> bool:
+    return name not in {"", ".", ".."} and not any(sign in name for sign in "/\\\0")
 
 
 def require_finite(data: Dataset) -> None:
@@ -95,12 +105,7 @@ def require_finite(data: Dataset) -> None:
 
 
 def _read_file(path: str) -> ImageFile:
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise ImageError(path, "there is no such file") from error
-    except OSError as error:
-        raise ImageError(path, error.strerror or str(error)) from error
+    content = read_bytes(path)
     return ImageFile(read_header(content, path), hashlib.sha256(content).hexdigest())
 
 
