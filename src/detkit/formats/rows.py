@@ -14,6 +14,7 @@ from detkit.data import Dataset, Extra
 from detkit.errors import ImageError, InvalidData
 from detkit.formats.findings import Finding, image_finding
 from detkit.formats.imagefiles import read_headers
+from detkit.formats.textlines import read_text
 from detkit.params import Options
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Rows:
         self._records = array("q")
         self._difficult = bytearray()
         self._box_extra: list[Extra] = []
+        self._exact = bytearray()
+        self._polygons: dict[int, Sequence[float]] = {}
 
     def __len__(self) -> int:
         return len(self._image_ids)
@@ -84,8 +87,18 @@ class Rows:
         record: int,
         difficult: bool = False,
         extra: Extra = _NO_EXTRA,
+        *,
+        polygon: Sequence[float] = (),
+        exact: bool = False,
     ) -> None:
-        """Add a box, xyxy, to the image added last; ``record`` is the number of its line or record, from 0."""
+        """Add a box, xyxy, to the image added last; ``record`` is the number of its line or record, from 0.
+
+        ``polygon`` is the outline ``x1 y1 x2 y2 ...`` of an object that has one, in the units of the corners. Shares
+        that are ``exact`` have all their digits, and are not rounded to the next whole pixel.
+        """
+        self._exact.append(exact)
+        if polygon:
+            self._polygons[len(self._labels)] = polygon
         self._corners.extend(corners)
         self._labels.append(label)
         self._records.append(record)
@@ -108,7 +121,16 @@ class Rows:
         usable = self._unique_images() & self._measure(sizes)
         named = self._known_labels(labels, owner, classes)
         if self._normalised is not None:
-            boxes = to_pixels(boxes, sizes[owner], self._normalised)
+            tolerances = np.where(np.frombuffer(bytes(self._exact), dtype=bool), 0.0, self._normalised)
+            boxes = to_pixels(boxes, sizes[owner], tolerances[:, None])
+        areas = area(boxes)
+        masks: list[Any] = [None] * len(boxes)
+        for row, polygon in self._polygons.items():
+            points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+            if self._normalised is not None:
+                points = to_pixels(points, sizes[owner[[row]]], self._normalised)
+            masks[row] = [points.ravel().tolist()]
+            areas[row] = polygon_area(points)
         data = Dataset(
             classes=tuple(classes),
             image_ids=tuple(f"{i}" if not usable[i] else name for i, name in enumerate(self._image_ids)),
@@ -119,9 +141,10 @@ class Rows:
             labels=np.where(named, labels, 0),
             difficult=np.frombuffer(bytes(self._difficult), dtype=bool),
             crowd=np.zeros(len(boxes), dtype=bool),
-            area=area(boxes),
+            area=areas,
             records=np.array(self._records, dtype=np.int64),
             sources=tuple(self._sources),
+            masks=tuple(masks) if self._polygons else None,
             extra=tuple(self._image_extra) if any(self._image_extra) else None,
             box_extra=tuple(self._box_extra) if any(self._box_extra) else None,
         )
@@ -172,35 +195,54 @@ class Rows:
         )
 
 
-def to_pixels(shares: Boxes, sizes: Indices, tolerance: float) -> Boxes:
-    """Return xyxy pixels for corners given as shares of the sides; those next to a whole pixel become that pixel.
+def to_pixels(shares: Boxes, sizes: Indices, tolerance: float | Boxes) -> Boxes:
+    """Return pixels for coordinates given as shares of the sides; those next to a whole pixel become that pixel.
 
-    ``shares`` is ``(n, 4)``, ``sizes`` ``(n, 2)`` width and height for each box; ``tolerance`` a share of the side.
+    ``shares`` is ``(n, 4)`` xyxy or ``(n, 2)`` xy, ``sizes`` ``(n, 2)`` or ``(1, 2)`` width and height; ``tolerance`` a
+    share of the side, or ``(n, 1)`` of them. Whole pixels, those with up to nine decimals and 32-bit floats come back
+    as they were before they were divided by the sides, if all digits of the shares were kept.
     """
-    sides = np.concatenate([sizes, sizes], axis=1).astype(np.float64)
+    sides = np.tile(sizes, shares.shape[1] // 2).astype(np.float64)
     pixels = shares * sides
-    whole = np.rint(pixels)
-    return np.where(np.abs(pixels - whole) <= tolerance * sides, whole, pixels)
+    # Dividing and multiplying loses no more than the last three bits of a share.
+    lost = sides * 2.0**-50
+    with np.errstate(over="ignore", invalid="ignore"):
+        short = np.round(pixels, 9)
+        pixels = np.where(np.abs(pixels - short) <= lost, short, pixels)
+        single = pixels.astype(np.float32).astype(np.float64)
+        pixels = np.where(np.abs(pixels - single) <= lost, single, pixels)
+        whole = np.rint(pixels)
+        return np.where(np.abs(pixels - whole) <= np.maximum(tolerance * sides, lost), whole, pixels)
 
 
-def read_class_names(folder: Path, given: Sequence[str], what: str, *, largest: int | None = None) -> tuple[str, ...]:
+def polygon_area(points: Boxes) -> float:
+    """Return the area within an outline, ``(n, 2)`` xy, by the shoelace formula."""
+    x, y = points.T
+    return float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)
+
+
+def read_class_names(
+    folder: Path, given: Sequence[str], what: str, *, largest: int | None = None, file: Path | None = None
+) -> tuple[str, ...]:
     """Return the names given by the user, else those in ``classes.txt`` of a folder, one a line in order of the ids.
 
-    Raises `InvalidData` where there are none: ids alone never become names. ``what`` tells whose names are missing.
+    ``file`` is another file that takes its place; ``what`` tells whose names are missing. Raises `InvalidData` where
+    there are none: ids alone never become names.
     """
     if given:
         return tuple(given)
-    file = folder / CLASS_FILE
+    file = file or folder / CLASS_FILE
     if not file.is_file():
         so_far = "" if largest is None or largest < 0 else f" (ids 0 to {largest} occur)"
         raise InvalidData(
             f"{what} has numbers and no names for its classes{so_far}. put {CLASS_FILE} into {folder}, one name a line "
             "in order of the ids, or give them: --classes NAME,NAME, in Python read_dataset(..., classes=[...])"
         )
-    lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+    findings: list[Finding] = []
+    lines = [line.strip() for line in read_text(file, findings).split("\n")]
     while lines and not lines[-1]:
         del lines[-1]
-    findings = [
+    findings += [
         Finding(
             code="no-name", severity="error", message="the line is empty", file=str(file), line=i, place=f"line {i}"
         )
