@@ -297,6 +297,20 @@ def test_every_page_is_on_the_map() -> None:
     assert {page for page in (ROOT / "docs").rglob("*.md") if page != index} <= linked
 
 
+def test_formats_page_says_what_each_carries() -> None:
+    columns = ("image_ids", "classes", "difficult", "crowd", "area", "masks", "extra", "box_extra", "split_indices")
+    lines = (ROOT / "docs/reference/formats.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    rows = {row[0].strip("`"): row[1:] for row in cells if len(row) == len(columns) + 1}
+    formats = {name: known for name, known in plugins.formats().items() if known.read.__module__.startswith("detkit.")}
+    assert list(rows) == list(formats)
+    for name, known in formats.items():
+        for column, cell in zip(columns, rows[name], strict=True):
+            optional = column in known.write_options.__struct_fields__
+            expected = {"yes", "simple ones"} if column in known.carries else {"option" if optional else "no"}
+            assert cell in expected, (name, column, cell)
+
+
 def test_every_hook_is_documented() -> None:
     page = (ROOT / "docs/how-to/write-a-backend.md").read_text()
     hooks = [hook for name, hook in vars(hookspecs).items() if name.startswith("detkit_")]
