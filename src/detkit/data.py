@@ -320,22 +320,31 @@ class Dataset:
             h.update(np.ascontiguousarray(column).tobytes())
         return h.hexdigest()
 
-    def save_columns(self, file: Any) -> None:
-        """Write every column but `paths` to an open ``.npz`` file; nothing is pickled."""
+    def save_columns(self, file: Any, places: Sequence[str]) -> None:
+        """Write every column but `paths` to an open ``.npz`` file; nothing is pickled.
+
+        ``places`` take the place of the paths: where each image lies, relative to a folder.
+        """
         columns: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
         for name in _TEXTS:
             columns[name] = np.frombuffer(json.dumps(getattr(self, name)).encode(), dtype=np.uint8)
+        columns["places"] = np.frombuffer(json.dumps(list(places)).encode(), dtype=np.uint8)
         np.savez(file, **columns)
 
     @classmethod
-    def load_columns(cls, file: Path, images_root: Path) -> Dataset:
-        """Read what `save_columns` wrote; image paths are ``images_root / image_id``."""
+    def load_columns(cls, file: Path, root: Path) -> Dataset:
+        """Read what `save_columns` wrote; ``root`` is the folder that the images' places begin in.
+
+        Files of detkit 0.1 have no places; their images lie in ``images/`` under their ids.
+        """
         with np.load(file, allow_pickle=False) as columns:
             arrays = {name: columns[name] for name in _ARRAYS}
             texts = {name: json.loads(columns[name].tobytes()) for name in _TEXTS}
+            places = json.loads(columns["places"].tobytes()) if "places" in columns else None
         lists: dict[str, Any] = {name: None if value is None else tuple(value) for name, value in texts.items()}
-        root = str(images_root)
-        return cls(paths=tuple(f"{root}/{image_id}" for image_id in lists["image_ids"]), **lists, **arrays)
+        if places is None:
+            places = [f"images/{image_id}" for image_id in lists["image_ids"]]
+        return cls(paths=tuple(f"{root}/{place}" for place in places), **lists, **arrays)
 
 
 def concatenate(parts: Sequence[Dataset]) -> Dataset:

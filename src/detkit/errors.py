@@ -13,7 +13,8 @@
     │   ├── WeightsMissing          2   weights asked for are not here and cannot be fetched
     │   └── Unsupported             2   this backend or format declares that it cannot
     ├── InvalidData                 1   annotations that cannot be used; carries findings
-    │   └── ImageError              1   an image that cannot be read
+    │   ├── ImageError              1   an image that cannot be read
+    │   └── BrokenRecord            1   a record of a RecordIO file that cannot be read
     ├── StorageError                3   the disk is full, a file cannot be written
     ├── PluginError                 3   a plugin is broken, missing or there twice
     ├── RunFailed                   3   training ended in an error; carries the log's tail
@@ -166,6 +167,14 @@ class ImageError(InvalidData):
     def __init__(self, path: object, why: str) -> None:
         self.path = str(path)
         super().__init__(f"cannot read image {path}: {why}")
+
+
+class BrokenRecord(InvalidData):
+    """A record of a RecordIO file that is cut off or damaged, with its number, where that is known, from 0."""
+
+    def __init__(self, path: object, why: str, offset: int, record: int | None = None) -> None:
+        self.why, self.offset, self.record = why, offset, record
+        super().__init__(f"{path}: record {'' if record is None else f'{record} '}at byte {offset}: {why}")
 
 
 class StorageError(DetkitError):

@@ -13,7 +13,6 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from detkit.errors import InvalidData, StorageError
-from detkit.recordio import packed, packed_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,26 +26,22 @@ def inside(relative: str) -> Path:
     return Path(*pure.parts)
 
 
-def place(source: Path, target: Path) -> None:
-    """Make a file appear at another path: hard link, else symbolic link, else copy. Raises `StorageError`.
-
-    An image in a pack becomes a file of its own; raises `BrokenRecord` where it cannot be read.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    where = packed(source)
-    if where is not None:
-        content = packed_image(*where)
-        with atomic_write(target) as file:
-            file.write(content)
-        return
-    real = source.resolve()
-    try:
+def place(source: str | Path, target: str | Path) -> None:
+    """Make a file appear at another path: hard link, else symbolic link, else copy. Raises `StorageError`."""
+    # A hard link to a symbolic link is one more symbolic link; for all others the way to the file is not looked up.
+    real = os.path.realpath(source) if os.path.islink(source) else source  # noqa: PTH114 (many files)
+    with contextlib.suppress(OSError):
         os.link(real, target)
+        return
+    target, file_there = Path(target), Path(source).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file_there, target)
     except OSError:
         try:
-            os.symlink(real, target)
+            os.symlink(file_there, target)
         except OSError:
-            with atomic_write(target) as file, real.open("rb") as original:
+            with atomic_write(target) as file, file_there.open("rb") as original:
                 shutil.copyfileobj(original, file)
 
 
@@ -89,12 +84,18 @@ def write_json(path: Path, value: Any) -> None:
         file.write(msgspec.json.format(compact, indent=1) if len(compact) < _READ_BY_PEOPLE else compact)
 
 
-def cache_folder() -> Path:
-    """Return where detkit keeps what it can make again: ``$DETKIT_CACHE``, else a folder in the user's cache."""
-    chosen = os.environ.get("DETKIT_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "detkit"
+def cache_folder() -> Path | None:
+    """Return where detkit keeps what it can make again: ``$DETKIT_CACHE``, else a folder in the user's cache.
+
+    None where nothing is to be kept: ``DETKIT_CACHE=off``, or where nobody's home is known.
+    """
+    chosen = os.environ.get("DETKIT_CACHE", "")
+    if chosen.lower() in {"off", "0"}:
+        return None
+    try:
+        return Path(chosen or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/detkit").expanduser().absolute()
+    except RuntimeError:
+        return None
 
 
 def file_sha256(path: Path) -> str:

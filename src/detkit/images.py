@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL import ImageOps, UnidentifiedImageError
 
+from detkit import remote
 from detkit.errors import BrokenRecord, ImageError
+from detkit.files import place
 from detkit.recordio import packed, packed_image
 
 Image: TypeAlias = NDArray[np.uint8]
@@ -44,8 +46,11 @@ def file_of(path: str | Path) -> str:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Return the bytes of an image file, or of an image in a pack. Raises `ImageError`."""
+    """Return the bytes of an image file, of an image in a pack, or at a URL. Raises `ImageError`."""
     try:
+        url = remote.origin(str(path))
+        if remote.is_remote(url):
+            return remote.read(url)
         where = packed(path)
         return Path(path).read_bytes() if where is None else bytes(packed_image(*where))
     except (OSError, ValueError) as error:
@@ -112,10 +117,26 @@ def _orientation(image: PillowImage.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
+def place_image(source: str, target: str | Path) -> None:
+    """Make an image appear as a file: a link to its file where that is one, else a file of its own.
+
+    Raises `StorageError` or `OSError`, and `ImageError` where an image in a pack or at a URL cannot be read.
+    """
+    if remote.is_remote(source):
+        remote.place(source, Path(target))
+    elif packed(source) is None:
+        place(source, target)
+    else:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_bytes(read_bytes(source))
+
+
 def _readable(source: str | Path | bytes) -> io.BytesIO | str | Path:
     """Return what Pillow opens: a file by its name, so that no more than its header is read."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
+    if remote.is_remote(remote.origin(str(source))):
+        return io.BytesIO(read_bytes(source))
     return source if packed(source) is None else io.BytesIO(read_bytes(source))
 
 

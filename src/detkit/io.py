@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
+import tempfile
+import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from detkit import plugins
-from detkit.errors import DetkitWarning, StorageError, UnknownName, Unsupported, UsageError
+from detkit.errors import DetkitWarning, InvalidData, StorageError, UnknownName, Unsupported, UsageError
+from detkit.images import EXTENSIONS
 from detkit.params import set_fields
+from detkit.reading_cache import SLOW_S, reading
+from detkit.remote import Mirror, exists, is_remote, mirrored, uploading
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from detkit.data import Dataset
     from detkit.formats import Format
 
@@ -23,19 +32,78 @@ def read_dataset(path: str | Path, format: str | None = None, *, split: str | No
 
     ``"PATH:SPLIT"`` is short for ``split="SPLIT"``. ``options`` are the format's own, e.g. ``origin=0`` for "voc".
     Raises `InvalidData` with everything that is wrong, `UsageError` where the format cannot be told.
+
+    A URL such as ``s3://bucket/folder`` is read through fsspec: its annotations are fetched, its images only when they
+    are needed. What took long is kept in a cache and read from there as long as no file has changed; see
+    `detkit.reading_cache`.
     """
     where, named = _separate(path)
     if named and split and named != split:
         raise UsageError(f"{path} names the split {named!r}, the call {split!r}; give one of them")
-    chosen = recognise(where, format)
-    data = chosen.read(where, set_fields(chosen.options(), options, kind=f"option of format {chosen.name}"))
+    data = _read_there(where, format, options) if isinstance(where, str) else _read(where, format, options)
     wanted = split or named
     return data.splits[wanted] if wanted else data
+
+
+def _read(path: Path, format: str | None, options: dict[str, Any]) -> Dataset:
+    kept = reading(path, format, options, [known.read for known in plugins.formats().values()])
+    found = kept.look_up() if kept is not None else None
+    if found is not None:
+        data, told = found
+        for text in told:
+            warnings.warn(text, DetkitWarning, stacklevel=3)
+        return data
+    chosen = recognise(path, format)
+    settings = set_fields(chosen.options(), options, kind=f"option of format {chosen.name}")
+    began, caught = time.time(), []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data = chosen.read(path, settings)
+    finally:
+        for warning in caught:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if kept is not None and time.time() - began > SLOW_S:
+        told = [str(warning.message) for warning in caught if issubclass(warning.category, DetkitWarning)]
+        kept.keep(data, told, began)
+    return data
+
+
+def _read_there(url: str, format: str | None, options: dict[str, Any]) -> Dataset:
+    """Read what lies at a URL; findings, warnings and paths name places there."""
+    with mirrored(url, _is_image) as mirror, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            data = _read(mirror.path, format, options)
+        except InvalidData as error:
+            findings = [replace(f, file=mirror.told(f.file), message=mirror.told(f.message)) for f in error.findings]
+            partial = None if error.partial is None else _there(error.partial, mirror)
+            raise InvalidData(mirror.told(str(error)), findings, partial=partial) from None
+        except UsageError as error:
+            raise UsageError(mirror.told(str(error))) from None
+    for warning in caught:
+        warnings.warn(mirror.told(str(warning.message)), warning.category, stacklevel=3)
+    return _there(data, mirror)
+
+
+def _there(data: Dataset, mirror: Mirror) -> Dataset:
+    return replace(
+        data,
+        paths=tuple(mirror.place(path) for path in data.paths),
+        sources=tuple(mirror.told(source) for source in data.sources),
+    )
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in EXTENSIONS
 
 
 def recognise(path: str | Path, format: str | None = None) -> Format:
     """Return the format of a data set: the one of that name, or the one that its files show. Raises `UsageError`."""
     where, _ = _separate(path)
+    if isinstance(where, str):
+        with mirrored(where, _is_image) as mirror:
+            return _format(format) if format else _sniff(mirror.path)
     if not where.exists():
         raise UsageError(f"there is no file or folder {where} (looked for from {Path.cwd()})")
     return _format(format) if format else _sniff(where)
@@ -48,35 +116,49 @@ def write_dataset(
     *,
     images: Literal["link", "copy"] = "link",
     **options: Any,
-) -> Path:
-    """Write a data set into a new folder and return it; the folder appears only once it is complete.
+) -> Path | str:
+    """Write a data set into a new folder, here or at a URL, and return it; it appears only once it is complete.
 
     Images become hard links where possible, which cost no space and change with the file they are links to, or copies
     of their own with ``images="copy"``. ``options`` are the format's own for writing. Warns once of everything that
     the format cannot carry. Raises `UsageError` for a target that holds anything, `Unsupported` where the format cannot
-    be written, `StorageError`.
+    be written, `StorageError`. At a URL, images that lie in the same store are copied over there.
     """
-    chosen, target = _format(format), Path(path).absolute()
+    chosen = _format(format)
     if chosen.write is None:
         raise Unsupported(f"format {format!r} can be read but not written; these can: {', '.join(_writable())}")
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UsageError(f"{target} is not empty; nothing is overwritten, so choose another folder or remove it")
     settings = set_fields(chosen.write_options(), options, kind=f"option for writing format {chosen.name}")
     lost = chosen.not_carried(data, settings)
+    target: Path | str
+    if is_remote(path):
+        target = str(path)
+        with tempfile.TemporaryDirectory() as staged, uploading(Path(staged), target, _is_image):
+            chosen.write(data, Path(staged), settings)
+    else:
+        target = Path(path).absolute()
+        with _appearing(target) as beside:
+            chosen.write(data, beside, settings)
+            if images == "copy":
+                _copy_links(beside)
+    if lost:
+        warnings.warn(f"{target}: {_told(chosen, lost)}", DetkitWarning, stacklevel=2)
+    return target
+
+
+@contextlib.contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """Yield a folder beside its final place, which it takes when the block ends well."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UsageError(f"{target} is not empty; nothing is overwritten, so choose another folder or remove it")
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         beside.mkdir(parents=True)
-        chosen.write(data, beside, settings)
-        if images == "copy":
-            _copy_links(beside)
+        yield beside
         os.replace(beside, target)
     except OSError as error:
         raise StorageError(target, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    if lost:
-        warnings.warn(f"{target}: {_told(chosen, lost)}", DetkitWarning, stacklevel=2)
-    return target
 
 
 def _copy_links(folder: Path) -> None:
@@ -93,9 +175,12 @@ def _told(format: Format, lost: dict[str, int]) -> str:
     return f"{format.name} does not carry everything this data has; left behind: {listed}"
 
 
-def _separate(path: str | Path) -> tuple[Path, str]:
-    """Split ``PATH:SPLIT``; a colon in the name of something that exists is only a colon."""
+def _separate(path: str | Path) -> tuple[Path | str, str]:
+    """Split ``PATH:SPLIT``; a colon in the name of something that exists is only a colon. A URL stays text."""
     head, colon, tail = str(path).rpartition(":")
+    if is_remote(path):
+        named = is_remote(head) and "/" not in tail and not exists(str(path))
+        return (head, tail) if named else (str(path), "")
     if colon and head and tail and not Path(path).exists() and Path(head).exists():
         return Path(head), tail
     return Path(path), ""

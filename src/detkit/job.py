@@ -5,7 +5,7 @@ The layout is that of a SageMaker container's ``/opt/ml``, so the same worker se
     RUN/
       run.json                         who started it and how; enough to find it again
       input/data/job/job.json          the `Job`
-      input/data/{train,validation,test}/   annotations.json (COCO), columns.npz, images/
+      input/data/{train,validation,test}/   annotations.json (COCO), columns.npz, images/, images.rec
       input/data/model/                incremental training: the earlier model
       input/config/hyperparameters.json     strings that overlay the params, where the place writes them
       checkpoints/                     the engine's resumable state
@@ -34,6 +34,8 @@ import detkit
 from detkit.data import Dataset
 from detkit.errors import RunExists, Stopped, StorageError, UsageError
 from detkit.files import atomic_write, file_sha256, inside, place, write_json
+from detkit.images import place_image
+from detkit.recordio import packed
 
 SCHEMA = 1
 """Version of every JSON file detkit writes; readers refuse a newer one."""
@@ -277,16 +279,16 @@ class Workspace:
     def write_dataset(self, channel: str, data: Dataset, image_digests: Sequence[str]) -> None:
         """Put a data set into a channel: columns, COCO annotations and links to the images.
 
-        Images are hard-linked, else symbolically linked, else copied. ``image_digests`` are the sha256 of the files, in
-        order. Raises `StorageError`, and `InvalidData` for an image id that leaves the folder.
+        Images are hard-linked, else symbolically linked, else copied; those in a pack stay in it, and the pack is
+        linked whole. ``image_digests`` are the sha256 of the images' files, in order. Raises `StorageError`, and
+        `InvalidData` for an image id that leaves the folder.
         """
         from detkit.formats.coco import to_coco
 
         root = self.channel(channel)
-        for image_id, source in zip(data.image_ids, data.paths, strict=True):
-            place(Path(source), root / "images" / inside(image_id))
+        places = _link_images(data, root)
         with atomic_write(root / "columns.npz") as file:
-            data.save_columns(file)
+            data.save_columns(file, places)
         write_json(root / "annotations.json", to_coco(data))
         write_json(root / "digests.json", {"images": list(image_digests)})
 
@@ -295,7 +297,7 @@ class Workspace:
         root = self.channel(channel)
         if not (root / "columns.npz").is_file():
             return None
-        return Dataset.load_columns(root / "columns.npz", root / "images")
+        return Dataset.load_columns(root / "columns.npz", root)
 
     def image_digests(self, channel: str) -> list[str]:
         """Return the sha256 of each image of a channel, in order; empty where the run has no such channel."""
@@ -375,6 +377,24 @@ class Workspace:
         )
         write_json(self.model / "detkit.json", manifest)
         return manifest
+
+
+def _link_images(data: Dataset, root: Path) -> list[str]:
+    """Make the images appear in a folder, and return where each is, relative to it."""
+    places: list[str] = []
+    packs: dict[str, str] = {}
+    for image_id, source in zip(data.image_ids, data.paths, strict=True):
+        name, where = inside(image_id), packed(source)
+        if where is None:
+            place_image(source, root / "images" / name)
+            places.append(f"images/{image_id}")
+            continue
+        pack, offset = where
+        if pack not in packs:
+            packs[pack] = "images.rec" if not packs else f"images-{len(packs) + 1}.rec"
+            place(Path(pack), root / packs[pack])
+        places.append(f"{packs[pack]}#{offset}")
+    return places
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

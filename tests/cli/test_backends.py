@@ -54,7 +54,7 @@ def test_broken_plugin_warns_and_doctor_says_why(
 def test_doctor(cli: Any, tmp_path: Path) -> None:
     done = cli("doctor", "--json", cwd=tmp_path)
     assert set(done.json) == {
-        *("detkit", "python", "executable", "platform", "cores", "memory", "disk_free", "gpus"),
+        *("detkit", "python", "executable", "platform", "cores", "memory", "disk_free", "cache", "gpus"),
         *("plugins", "backends", "problems"),
     }
     (echo,) = [backend for backend in done.json["backends"] if backend["name"] == "echo"]

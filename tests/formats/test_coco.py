@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -390,6 +391,104 @@ def test_to_coco_keeps_boxes(boxes: list[tuple[int, int, int, int]], fraction: f
     content = to_coco(Dataset.from_samples(("disc",), [sample]))
     back = np.array([annotation["bbox"] for annotation in content["annotations"]]).reshape(-1, 4)
     assert np.array_equal(back, xyxy_to_xywh(xyxy))
+
+
+def many(count: int) -> Document:
+    """Two pictures with so many boxes in all, in no order."""
+    content = document()
+    content["annotations"] = [
+        {"id": i + 5, "image_id": 1 + i * 7 % 2, "category_id": 1 + i % 2, "bbox": [i % 30, i / 7 % 20, 5, i % 9 + 0.5]}
+        for i in range(count)
+    ]
+    return content
+
+
+@pytest.mark.parametrize("piece", [1, 50, 500, 5000, 1 << 20])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_pieces_join_without_a_seam(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, indent: int | None
+) -> None:
+    """Cuts that fall within a record are found out, whatever it holds."""
+    content = many(60)
+    content["annotations"][7]["attributes"] = [{"a": 1}, {"b": "}, {"}, {"c": [{}, {}]}]
+    content["annotations"][8]["note"] = '}, {"id": 3}], \\" }, {' * 5
+    content["annotations"][30]["score"] = 0.25
+    content["annotations"][40]["segmentation"] = {"counts": "a},{b", "size": [30, 40]}
+    content["images"][0]["camera"] = [{"x": 1}, {"y": "},{"}]
+    put(tmp_path, json.dumps(content, indent=indent))
+    whole = read_dataset(tmp_path)
+    monkeypatch.setattr("detkit.formats.cococolumns._PIECE", piece)
+    data = read_dataset(tmp_path)
+    assert data.digest() == whole.digest()
+    for column in ("extra", "box_extra", "masks", "image_ids"):
+        assert getattr(data, column) == getattr(whole, column)
+    assert data.records.tolist() == whole.records.tolist() == [*range(0, 60, 2), *range(1, 60, 2)]
+    assert data.box_extra is not None
+    by_record = dict(zip(data.records.tolist(), data.box_extra, strict=True))
+    assert {i for i, extra in by_record.items() if extra} == {7, 8, 30}
+    assert by_record[7]["attributes"] == content["annotations"][7]["attributes"]
+
+
+@pytest.mark.parametrize("piece", [1, 500, 1 << 20])
+def test_findings_have_the_record_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr("detkit.formats.cococolumns._PIECE", piece)
+    content = many(60)
+    for i, change in {
+        3: {"bbox": None},
+        20: {"image_id": 9},
+        33: {"id": 5},
+        41: {"iscrowd": "0"},
+        50: {"area": -1},
+        55: {"image_id": "1"},
+    }.items():
+        content["annotations"][i] |= change
+    content["annotations"][59] = 7
+    put(tmp_path, content)
+    with pytest.raises(InvalidData) as caught:
+        read_dataset(tmp_path)
+    assert {(finding.code, finding.record) for finding in caught.value.findings} == {
+        ("bad-box", 3),
+        ("unknown-image", 20),
+        ("duplicate-id", 33),
+        ("bad-flag", 41),
+        ("bad-area", 50),
+        ("unknown-image", 55),
+        ("bad-record", 59),
+    }
+
+
+def test_cuts_in_the_wrong_place_cost_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place where one might cut lies within one record; 50,000 attempts of 400 kB each would take minutes."""
+    monkeypatch.setattr("detkit.formats.cococolumns._PIECE", 1)
+    content = document()
+    content["annotations"][0]["attributes"] = [{"a": 1}] * 50_000
+    put(tmp_path, content)
+    began = time.process_time()
+    assert read_dataset(tmp_path).box_extra[0]["attributes"][-1] == {"a": 1}  # type: ignore[index]
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"disc"', '"\\ud800"'), ("99", "9" * 30), ('"a.jpg"', '"\xff.jpg"'), ('"iscrowd"', '"\xff"')]
+)
+def test_values_that_no_column_holds(tmp_path: Path, old: str, new: str) -> None:
+    put(tmp_path, document())
+    file = tmp_path / "annotations.json"
+    file.write_bytes(file.read_text().replace(old, new, 1).encode("latin-1"))
+    try:
+        read_dataset(tmp_path)
+    except InvalidData as error:
+        assert count_codes(error.findings) == {"malformed": 1}
+
+
+@pytest.mark.parametrize("key", ["images", "annotations"])
+def test_ids_of_more_than_64_bits(tmp_path: Path, key: str) -> None:
+    content = document()
+    content[key][0]["id"] = 2**70
+    if key == "images":
+        for annotation in content["annotations"]:
+            annotation["image_id"] = 2**70
+    assert read_dataset(put(tmp_path, content)).boxes_per_image().tolist() == [2, 0]
 
 
 def test_not_finite(tmp_path: Path) -> None:

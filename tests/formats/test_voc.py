@@ -321,7 +321,10 @@ def test_bccd(tmp_path: Path) -> None:
     assert (len(data), len(data.boxes)) == (364, 4888)
     assert data.boxes_per_class() == {"Platelets": 361, "RBC": 4155, "WBC": 372}
     assert list(data.splits) == ["test", "train", "trainval", "val"]
-    assert [finding.file.rpartition("_")[2] for finding in check_annotations(data, read_headers(data.paths))] == ["00338.xml", "00343.xml"]
+    assert [finding.file.rpartition("_")[2] for finding in check_annotations(data, read_headers(data.paths))] == [
+        "00338.xml",
+        "00343.xml",
+    ]
     for name in ("voc", "coco"):
         back = read_dataset(write_dataset(data, tmp_path / name, name))
         assert len(back) == len(data)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from xml.parsers import expat
 
+from detkit import remote
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
@@ -54,7 +56,10 @@ def _read_again(
     if not wanted:
         return findings
     try:
-        found = positions(Path(file).read_bytes(), {key for key in wanted if key is not None})
+        found = positions(
+            remote.read(file) if remote.is_remote(file) else Path(file).read_bytes(),
+            {key for key in wanted if key is not None},
+        )
     except (OSError, ValueError, RecursionError, expat.ExpatError):
         return findings  # the reader has said what is wrong with the file as a whole
     located = []

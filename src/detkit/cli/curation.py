@@ -275,7 +275,7 @@ def _shares(given: Mapping[str, str]) -> dict[str, float]:
     return shares
 
 
-def _report(place: Path, format: str, data: "Dataset", *, as_json: bool) -> None:
+def _report(place: "Path | str", format: str, data: "Dataset", *, as_json: bool) -> None:
     splits = {name: len(at) for name, at in data.split_indices.items()}
     if as_json:
         messages.print_json(

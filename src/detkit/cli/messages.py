@@ -60,7 +60,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     console.print(table)
 
 
-def shown(path: Path) -> str:
-    """Return a path as one would type it in a shell here."""
+def shown(path: Path | str) -> str:
+    """Return a path or URL as one would type it in a shell here."""
+    if isinstance(path, str):
+        return shlex.quote(path)
     relative = os.path.relpath(path)
     return shlex.quote(str(path) if relative.startswith("..") else relative)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from detkit.boxes import area
-from detkit.data import Dataset
+from detkit.data import Dataset, Extra
 from detkit.params import Options
 
 COLUMNS = ("image_ids", "classes", "difficult", "crowd", "area", "masks", "extra", "box_extra", "split_indices")
@@ -56,8 +56,15 @@ class Format:
             "splits": 0 if "split_indices" in carried else len(data.split_indices),
         }
         keys: Counter[str] = Counter()
-        for extra in () if "extra" in carried else data.extra or ():
-            keys.update(list(extra))
-        for extra in data.box_extra or ():
-            keys.update(k for k, v in extra.items() if "box_extra" not in carried or not self.carries_key(k, v))
+        for extra, count in _distinct(() if "extra" in carried else data.extra or ()):
+            keys.update(dict.fromkeys(extra, count))
+        for extra, count in _distinct(data.box_extra or ()):
+            lost_keys = [k for k, v in extra.items() if "box_extra" not in carried or not self.carries_key(k, v)]
+            keys.update(dict.fromkeys(lost_keys, count))
         return {name: count for name, count in {**lost, **keys}.items() if count}
+
+
+def _distinct(column: Sequence[Extra]) -> list[tuple[Extra, int]]:
+    """Return each mapping once, and how many rows share it: readers give one to all objects that are alike."""
+    rows = {id(extra): extra for extra in column}
+    return [(rows[key], count) for key, count in Counter(map(id, column)).items()]

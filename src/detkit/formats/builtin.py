@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from detkit.formats import Format, coco, voc
+from detkit.formats import (
+    Format,
+    coco,
+    deepdetect,
+    jumpstart,
+    lst,
+    manifest,
+    record,
+    sagemaker_json,
+    sku110k,
+    voc,
+    yolo,
+)
 from detkit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -13,5 +25,16 @@ if TYPE_CHECKING:
 
 @hookimpl
 def detkit_formats() -> Iterable[Format]:
-    """Return Pascal VOC and COCO."""
-    return [voc.FORMAT, coco.FORMAT]
+    """Return them, the most usual first."""
+    return [
+        voc.FORMAT,
+        coco.FORMAT,
+        lst.FORMAT,
+        record.FORMAT,
+        manifest.FORMAT,
+        sagemaker_json.FORMAT,
+        jumpstart.FORMAT,
+        yolo.FORMAT,
+        sku110k.FORMAT,
+        deepdetect.FORMAT,
+    ]

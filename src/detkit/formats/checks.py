@@ -10,7 +10,7 @@ import numpy as np
 from detkit import boxes as box_geometry
 from detkit.errors import ImageError
 from detkit.formats.findings import Finding, count_codes, image_finding, raise_errors, record_place
-from detkit.formats.imagefiles import read_files
+from detkit.formats.imagefacts import look
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,15 +55,15 @@ class Prepared:
 
 
 def prepare(data: Dataset, *, on_invalid: Literal["raise", "drop"]) -> Prepared:
-    """Read each image file once and return the data with sizes and boxes as the images are displayed.
+    """Look at each image file and return the data with sizes and boxes as the images are displayed.
 
     An image that EXIF turns, whose recorded size is that of the stored pixels, gets its boxes turned along, with a
     warning. Faulty boxes raise `InvalidData`, or are left out and counted; faulty images always raise.
     """
     if not len(data):
         raise_errors([_no_images()])
-    files = read_files(data.paths)
-    looked = _compare(data, [file if isinstance(file, ImageError) else file.header for file in files])
+    facts = look(data.paths, decode=False)
+    looked = _compare(data, [fact if isinstance(fact, ImageError) else fact.header for fact in facts])
     raise_errors(
         looked.findings, "mend or remove these images and their annotations; images are never dropped silently"
     )
@@ -79,7 +79,7 @@ def prepare(data: Dataset, *, on_invalid: Literal["raise", "drop"]) -> Prepared:
         findings = _check_boxes(data, data.sizes)
     return Prepared(
         data=data,
-        image_digests=[file.digest for file in files if not isinstance(file, ImageError)],
+        image_digests=[fact.digest for fact in facts if not isinstance(fact, ImageError)],
         dropped=count_codes(errors),
         warnings=[*looked.findings, *findings],
     )
@@ -235,4 +235,5 @@ def _originals(data: Dataset, owner: Indices, finite: Flags) -> NDArray[np.int64
 
 def _place(data: Dataset, owner: Indices, row: int) -> str:
     image = int(owner[row])
-    return record_place(data.sources[image], int(data.records[row]), row - int(data.offsets[image]))
+    position = row - int(data.offsets[image])
+    return record_place(data.sources[image], int(data.records[row]), position, data.paths[image])

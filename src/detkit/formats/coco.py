@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import re
+from itertools import repeat
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -16,7 +17,7 @@ import numpy as np
 from msgspec import Meta
 
 from detkit.boxes import xyxy_to_xywh
-from detkit.data import Dataset
+from detkit.data import Dataset, Extra
 from detkit.errors import InvalidData
 from detkit.files import inside
 from detkit.formats import Format
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_")
 """How the names of files begin that COCO puts beside its detection files, about the same images."""
+_NO_EXTRA: Extra = {}
 _MOST_FILES = 64
 """A folder with more JSON files than this is something else, such as LabelMe."""
 
@@ -99,9 +101,10 @@ def to_coco(data: Dataset) -> dict[str, Any]:
         images = [{**extra, **image} for extra, image in zip(data.extra, images, strict=True)]
     owner = np.repeat(np.arange(1, len(data) + 1), data.boxes_per_image())
     annotations: list[dict[str, Any]] = [
-        {"id": i, "image_id": image, "category_id": label, "bbox": bbox, "area": area, "iscrowd": crowd}
-        for i, (image, label, bbox, area, crowd) in enumerate(
+        {**extra, "id": i, "image_id": image, "category_id": label, "bbox": bbox, "area": area, "iscrowd": crowd}
+        for i, (extra, image, label, bbox, area, crowd) in enumerate(
             zip(
+                data.box_extra if data.box_extra is not None else repeat(_NO_EXTRA, len(owner)),
                 owner.tolist(),
                 (data.labels + 1).tolist(),
                 _numbers(xyxy_to_xywh(data.boxes)),
@@ -118,8 +121,6 @@ def to_coco(data: Dataset) -> dict[str, Any]:
                 annotation["segmentation"] = mask
     for row in np.flatnonzero(data.difficult).tolist():
         annotations[row]["difficult"] = 1
-    if data.box_extra is not None:
-        annotations = [{**extra, **annotation} for extra, annotation in zip(data.box_extra, annotations, strict=True)]
     categories = [{"id": i, "name": name} for i, name in enumerate(data.classes, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 

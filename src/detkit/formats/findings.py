@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from detkit.errors import ImageError, InvalidData
+from detkit.recordio import packed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -80,16 +81,18 @@ def image_finding(error: ImageError, index: int | None, file: str = "", place: s
     )
 
 
-def record_place(source: str, record: int, position: int) -> str:
+def record_place(source: str, record: int, position: int, path: str) -> str:
     """Say where a box stands in its file: ``record`` is the number of its record, ``position`` that among its image's.
 
-    JSON arrays count from 0, people and readers of lines from 1.
+    ``path`` is the image's, which tells the byte where it lies in a pack. JSON arrays and records count from 0, people
+    and readers of lines from 1.
     """
     kind = source.rpartition(".")[2].lower()
     if kind == "json":
         return f"annotations[{record}]"
     if kind == "rec":
-        return f"record {record}, object {position + 1}"
+        where = packed(path)
+        return f"record {record}{f' at byte {where[1]}' if where else ''}, object {position + 1}"
     if kind in _LINES:
         return f"line {record + 1}, object {position + 1}"
     return f"line {record + 1}" if kind in _ONE_BOX_A_LINE else f"object {record + 1}"

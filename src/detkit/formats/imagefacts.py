@@ -128,6 +128,8 @@ class _Memory:
         self._database: sqlite3.Connection | None = None
         with _forgiven():
             folder = cache_folder()
+            if folder is None:
+                return self
             folder.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(folder / "images-1.sqlite", timeout=5)
             self._database.execute(

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from detkit.errors import ImageError, InvalidData
-from detkit.files import inside, place
-from detkit.images import Header, file_of, read_bytes, read_header
+from detkit.files import inside
+from detkit.images import Header, file_of, place_image, read_header
+from detkit.remote import is_remote
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from detkit.data import Dataset
-
-Result = TypeVar("Result")
 
 LARGEST_SIDE = 2**31
 """Pixels; a larger number in an annotation is no size."""
 
 _THREADS = 8
 """Enough to hide a network disk's latency; decoding headers itself is serial in Python."""
-
-
-class ImageFile(NamedTuple):
-    """What one reading of an image file tells."""
-
-    header: Header
-    digest: str
-    """sha256 of the file's bytes."""
 
 
 def leaves(name: str) -> bool:
@@ -62,32 +52,34 @@ def is_file(path: str) -> bool:
 def folder_of(names: Sequence[str], likely: Iterable[Path]) -> Path:
     """Return the folder that has most of a sample of the files; the likeliest one, the first, where none has any."""
     folders = [folder for folder in dict.fromkeys(likely) if folder.is_dir()]
-    safe = [name for name in names if name and not leaves(name)]
-    sample = safe[:: max(1, len(safe) // 8)]
+    sample = [name for name in names[:: max(1, len(names) // 8)] if name and not leaves(name)]
     return max(folders, key=lambda folder: sum(is_file(f"{folder}/{name}") for name in sample))
 
 
 def read_headers(paths: Sequence[str]) -> list[Header | ImageError]:
     """Open each file far enough for its size; an error takes the place of a header that cannot be read."""
-    return _map(read_header, paths)
 
+    def attempt(path: str) -> Header | ImageError:
+        try:
+            return read_header(path)
+        except ImageError as error:
+            return error
 
-def read_files(paths: Sequence[str]) -> list[ImageFile | ImageError]:
-    """Read each file once, for its digest and its header."""
-    return _map(_read_file, paths)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(attempt, paths))
 
 
 def place_images(data: Dataset, folder: Path) -> None:
     """Put every image under its id into a folder. Raises `InvalidData` naming those that are missing."""
     targets = [f"{folder}/{name if _is_plain(name) else inside(name)}" for name in data.image_ids]
-    missing = [path for path in data.paths if not os.path.isfile(file_of(path))]  # noqa: PTH113 (many files)
+    missing = [p for p in data.paths if not is_remote(p) and not os.path.isfile(file_of(p))]  # noqa: PTH113 (many files)
     if missing:
         raise InvalidData(
             f"{len(missing)} of {len(data)} images are not there, for example {', '.join(missing[:3])}; "
             "nothing was written. bring them back, or write a data set without them (data.take)"
         )
     for path, target in zip(data.paths, targets, strict=True):
-        place(path, target)
+        place_image(path, target)
 
 
 def _is_plain(name: str) -> bool:
@@ -102,19 +94,3 @@ def require_finite(data: Dataset) -> None:
         raise InvalidData(
             f"{data.image_ids[image]}: {len(bad)} box(es) are not finite; run `detkit check` and mend them"
         )
-
-
-def _read_file(path: str) -> ImageFile:
-    content = read_bytes(path)
-    return ImageFile(read_header(content, path), hashlib.sha256(content).hexdigest())
-
-
-def _map(function: Callable[[str], Result], paths: Sequence[str]) -> list[Result | ImageError]:
-    def attempt(path: str) -> Result | ImageError:
-        try:
-            return function(path)
-        except ImageError as error:
-            return error
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(attempt, paths))

@@ -46,12 +46,14 @@ class ListOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Rows:
     """Collects images, each followed by its boxes; `dataset` makes columns of them.
 
-    ``normalised`` is for boxes given as shares of the image's sides: one of `FLOAT32` and `SIX_DECIMALS`.
+    ``normalised`` is for boxes given as shares of the image's sides: one of `FLOAT32` and `SIX_DECIMALS`. ``stored``
+    says that boxes are those of the pixels as the file has them, which EXIF may turn: sizes are those, too.
     """
 
-    def __init__(self, findings: list[Finding], *, normalised: float | None = None) -> None:
+    def __init__(self, findings: list[Finding], *, normalised: float | None = None, stored: bool = False) -> None:
         self.findings = findings
         self._normalised = normalised
+        self._stored = stored
         self._image_ids: list[str] = []
         self._paths: list[str] = []
         self._sources: list[str] = []
@@ -170,7 +172,8 @@ class Rows:
                 readable[i] = False
                 self.findings.append(image_finding(header, None, self._sources[i], self._image_ids[i]))
             else:
-                sizes[i] = header.width, header.height
+                turned = self._stored and header.orientation >= 5
+                sizes[i] = (header.height, header.width) if turned else (header.width, header.height)
         return readable
 
     def _known_labels(

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
@@ -75,9 +75,7 @@ def read(path: Path, options: VocOptions) -> Dataset:
     if not path.is_dir():
         raise InvalidData(f"{path}: expected the folder of a Pascal VOC data set")
     layout = _find(_unwrap(path))
-    found = Objects()
-    for file in layout.xml:
-        found.read(str(layout.annotations / file))
+    found = Objects([f"{layout.annotations}/{file}" for file in layout.xml])
     found.findings += _unused(layout, options.unannotated)
     image_of = _match_images(layout, found)
     spare = sorted(set(layout.images) - set(image_of))
@@ -133,7 +131,9 @@ def _unwrap(folder: Path) -> Path:
 
 
 def _holds_voc(folder: Path) -> bool:
-    files = (Path(entry) for entry in _visible(folder) if entry.name.lower().endswith(".xml") and entry.is_file())
+    with os.scandir(folder) as entries:
+        found = [e for e in entries if e.name[-4:].lower() == ".xml" and not e.name.startswith((".", "__MACOSX"))]
+    files = (Path(entry) for entry in sorted(found, key=lambda e: e.name) if entry.is_file())
     return any(map(_is_annotation, islice(files, _SNIFFED)))
 
 
@@ -212,19 +212,26 @@ def _choose(files: dict[str, list[str]], known: tuple[str, ...]) -> str | None:
 def _match_images(layout: _Layout, found: Objects) -> list[str | None]:
     """Return each XML file's image: the one of its own name first, then the one that ``<filename>`` names."""
     by_stem: dict[str, list[str]] = {}
-    by_name: dict[str, list[str]] = {}
     for image in layout.images:
         by_stem.setdefault(stem(image), []).append(image)
-        by_name.setdefault(PurePosixPath(image).name, []).append(image)
-        by_name.setdefault(PurePosixPath(image).stem, []).append(image)
+    by_name: dict[str, list[str]] = {}
     matched: list[str | None] = []
     contradicting: list[str] = []
     for xml, file, filename in zip(layout.xml, found.files, found.filenames, strict=True):
         own = stem(xml)
-        written = PurePosixPath(filename.replace("\\", "/"))
-        candidates = by_stem.get(own) or by_name.get(PurePosixPath(own).name, [])
+        fitting = by_stem.get(own, [])
+        if len(fitting) == 1 and filename == _name(fitting[0]) and "\\" not in filename:
+            matched.append(fitting[0])
+            continue
+        if not by_name:  # the rule is that both names agree, and then it is not needed
+            for image in layout.images:
+                name = _name(image)
+                by_name.setdefault(name, []).append(image)
+                by_name.setdefault(stem(name), []).append(image)
+        own_name, written = _name(own), _name(filename.replace("\\", "/").rstrip("/"))
+        candidates = fitting or by_name.get(own_name, [])
         # An absolute path to a file of the XML's own name is some tool's habit, and not followed.
-        if leaves(filename) and (not candidates or written.stem != PurePosixPath(own).name):
+        if leaves(filename) and (not candidates or stem(written) != own_name):
             found.findings.append(
                 xml_error(
                     "outside-folder",
@@ -234,7 +241,7 @@ def _match_images(layout: _Layout, found: Objects) -> list[str | None]:
             )
             matched.append(None)
             continue
-        named = by_name.get(written.name) or by_name.get(written.stem) or []
+        named = by_name.get(written) or by_name.get(stem(written)) or []
         if len(candidates) == 1 and named and candidates[0] not in named:
             contradicting.append(f"{file} names {filename!r} and is taken for {candidates[0]}")
         if len(candidates) != 1:
@@ -262,12 +269,18 @@ def _match_images(layout: _Layout, found: Objects) -> list[str | None]:
     return matched
 
 
+def _name(path: str) -> str:
+    return path[path.rfind("/") + 1 :]
+
+
 def _classes(found: Objects, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    present = {name for name in found.names if name}
+    used = np.bincount(found.names, minlength=len(found.vocabulary)).tolist()
+    present = {name for name, count in zip(found.vocabulary, used, strict=True) if name and count}
     if not wanted:
         return tuple(sorted(present))
     if present - set(wanted):
         rows = np.repeat(np.arange(len(found.files)), found.counts).tolist()
+        named = [found.vocabulary[i] for i in found.names.tolist()]
         found.findings += [
             xml_error(
                 "unknown-class",
@@ -276,7 +289,7 @@ def _classes(found: Objects, wanted: tuple[str, ...]) -> tuple[str, ...]:
                 f"object {record + 1} ({name})",
                 record,
             )
-            for row, name, record in zip(rows, found.names, found.records, strict=True)
+            for row, name, record in zip(rows, named, found.records.tolist(), strict=True)
             if name and name not in wanted
         ]
     return wanted
@@ -320,7 +333,7 @@ def _dataset(  # noqa: PLR0917
 ) -> Dataset:
     blank = len(image_ids) - len(found.files)
     paths = [f"{layout.pictures}/{name}" for name in image_ids]
-    sizes = np.array(found.sizes + [(0, 0)] * blank, dtype=np.int64).reshape(-1, 2)
+    sizes = np.concatenate([found.sizes, np.zeros((blank, 2), dtype=np.int64)])
     unknown = np.flatnonzero((sizes <= 0).any(axis=1)).tolist()
     failed = []
     for i, header in zip(unknown, read_headers([paths[i] for i in unknown]), strict=True):
@@ -329,7 +342,7 @@ def _dataset(  # noqa: PLR0917
         else:
             sizes[i] = header.width, header.height
     raise_errors(failed)
-    boxes = np.array(found.corners, dtype=np.float64).reshape(-1, 4)
+    boxes = found.corners
     if _origin(boxes, origin, layout.root) == 1:
         boxes[:, :2] -= 1
     label_of = {name: i for i, name in enumerate(classes)}
@@ -338,13 +351,13 @@ def _dataset(  # noqa: PLR0917
         image_ids=tuple(image_ids),
         paths=tuple(paths),
         sizes=sizes,
-        offsets=np.concatenate([[0], np.cumsum(found.counts + [0] * blank)]).astype(np.int64),
+        offsets=np.concatenate([[0], np.cumsum(found.counts), np.full(blank, found.counts.sum())]).astype(np.int64),
         boxes=boxes,
-        labels=np.array([label_of[name] for name in found.names], dtype=np.int64),
-        difficult=np.array(found.difficult, dtype=bool),
+        labels=np.array([label_of.get(name, -1) for name in found.vocabulary], dtype=np.int64)[found.names],
+        difficult=found.difficult,
         crowd=np.zeros(len(boxes), dtype=bool),
         area=area(boxes),
-        records=np.array(found.records, dtype=np.int64),
+        records=found.records,
         sources=tuple(found.files + [""] * blank),
         box_extra=tuple(found.extra) if any(found.extra) else None,
         split_indices={name: np.array(at, dtype=np.int64) for name, at in splits.items()},

@@ -74,7 +74,7 @@ class FormatTests:
         """Put a data set on disk in this format."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DetkitWarning)
-            return write_dataset(data, folder, self.format_name)
+            return Path(write_dataset(data, folder, self.format_name))
 
     @pytest.fixture
     def data(self, tmp_path: Path) -> Dataset:
