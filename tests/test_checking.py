@@ -56,8 +56,14 @@ def test_every_finding_in_one_pass(voc: Path) -> None:
     (voc / "JPEGImages/004.jpg").write_bytes((voc / "JPEGImages/004.jpg").read_bytes()[:-600])
     (voc / "JPEGImages/005.png").write_bytes(b"no image")
     shutil.copy(voc / "JPEGImages/006.jpg", voc / "JPEGImages/008.jpg")
+    (voc / "Annotations/010.xml").write_text("<annotation><object>")
+    edit(voc / "Annotations/012.xml", r"<xmin>\d+</xmin>", "<xmin>far left</xmin>")
+    (voc / "JPEGImages/014.jpg").unlink()
     found = check(voc)
-    assert codes(found) == {"outside": 1, "truncated-image": 1, "unreadable-image": 1, "duplicate-image": 1}
+    assert codes(found) == {
+        **{"outside": 1, "truncated-image": 1, "unreadable-image": 1, "duplicate-image": 1},
+        **{"malformed": 1, "bad-box": 1, "missing-image": 1},
+    }
     outside = next(f for f in found if f.code == "outside")
     lines = Path(outside.file).read_text().splitlines()
     assert outside.line is not None and outside.column is not None
@@ -126,6 +132,23 @@ def test_json_place_has_pointer_id_line_and_column(voc: Path, tmp_path: Path) ->
     (found,) = check(coco)
     assert found.line == 1
     assert json.JSONDecoder().raw_decode(file.read_text()[found.column - 1 :])[0]["id"] == 77  # type: ignore[operator]
+
+
+def test_coco_with_broken_records_is_checked_all_the_same(voc: Path, tmp_path: Path) -> None:
+    coco = write_dataset(read_dataset(voc), tmp_path / "coco", "coco")
+    file = coco / "annotations.json"
+    content = json.loads(file.read_text())
+    content["annotations"][3]["bbox"] = [-50, 0, 9, 9]
+    content["annotations"][4]["image_id"] = 999
+    content["annotations"][5]["category_id"] = 99
+    content["annotations"][6]["bbox"] = "wide"
+    content["images"][7]["file_name"] = "../up.jpg"
+    content["images"][8]["file_name"] = content["images"][9]["file_name"]
+    file.write_text(json.dumps(content))
+    found = codes(check(coco))
+    for code in ("outside", "unknown-image", "unknown-category", "bad-box", "outside-folder", "duplicate-file-name"):
+        assert found[code] == 1, (code, found)
+    assert found["orphan-image"] == 2
 
 
 def test_what_the_reader_had_to_assume(voc: Path) -> None:

@@ -66,7 +66,7 @@ def sample(data: Dataset, size: float, *, seed: int = 0) -> Dataset:
         return data
     share = number / len(data)
     chosen, _ = data.split_positions(share, 1 - share, seed=seed)
-    return take_with_splits(data, chosen)
+    return data.take(chosen, keep_splits=True)
 
 
 def remap(data: Dataset, names: Mapping[str, str], *, drop: Iterable[str] = ()) -> Dataset:
@@ -90,12 +90,3 @@ def remap(data: Dataset, names: Mapping[str, str], *, drop: Iterable[str] = ()) 
         data = data.keep_boxes(~np.isin(data.labels, [data.classes.index(name) for name in dropped]))
     table = np.array([classes.index(renamed[n]) if n in renamed else -1 for n in data.classes], dtype=np.int64)
     return replace(data, classes=classes, labels=table[data.labels])
-
-
-def take_with_splits(data: Dataset, indices: Sequence[int] | Indices) -> Dataset:
-    """Return the images at ``indices``, in that order, still in the splits they were in; emptied splits are gone."""
-    chosen = np.asarray(indices, dtype=np.int64)
-    position = np.full(len(data), -1, dtype=np.int64)
-    position[chosen] = np.arange(len(chosen))
-    splits = {name: position[at][position[at] >= 0] for name, at in data.split_indices.items()}
-    return replace(data.take(chosen), split_indices={name: at for name, at in splits.items() if len(at)})

@@ -210,13 +210,22 @@ class Dataset:
         """The splits the data came with, by name; empty where it came in one piece. Each is built when looked up."""
         return _Splits(self)
 
-    def take(self, indices: Iterable[int]) -> Dataset:
-        """Return the images at ``indices``, in that order, without split names."""
+    def take(self, indices: Iterable[int], *, keep_splits: bool = False) -> Dataset:
+        """Return the images at ``indices``, in that order.
+
+        ``keep_splits`` leaves each in the splits it was in, those gone that nothing is left of; else there are none.
+        """
         chosen = np.fromiter(indices, dtype=np.int64)
         counts = self.boxes_per_image()[chosen]
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         rows = np.repeat(self.offsets[chosen] - offsets[:-1], counts) + np.arange(offsets[-1])
-        return self._with_rows(chosen, offsets, rows)
+        taken = self._with_rows(chosen, offsets, rows)
+        if not keep_splits or not self.split_indices:
+            return taken
+        position = np.full(len(self), -1, dtype=np.int64)
+        position[chosen] = np.arange(len(chosen))
+        splits = {name: position[at][position[at] >= 0] for name, at in self.split_indices.items()}
+        return replace(taken, split_indices={name: at for name, at in splits.items() if len(at)})
 
     def keep_boxes(self, keep: Flags) -> Dataset:
         """Return all images with only the boxes where ``keep``, a ``(num_boxes,)`` mask, is true."""

@@ -22,7 +22,7 @@ from detkit.errors import InvalidData
 from detkit.files import inside
 from detkit.formats import Format
 from detkit.formats.cocojson import CocoFile
-from detkit.formats.findings import Finding, raise_errors
+from detkit.formats.findings import Finding
 from detkit.formats.imagefiles import folder_of, place_images, require_finite
 from detkit.formats.splits import SPLIT_FOLDERS, join, parts, split_names
 from detkit.params import Options
@@ -80,11 +80,8 @@ def read(path: Path, options: CocoOptions) -> Dataset:
     read: list[tuple[str, Dataset]] = []
     for (split, file), folder in zip(parsed, folders, strict=True):
         prefix = folder.relative_to(root).as_posix() if prefixed and folder.is_relative_to(root) else ""
-        part = file.dataset(folder, "" if prefix in ("", ".") else f"{prefix}/")
-        if part is not None:
-            read.append((split, part))
-    raise_errors(findings)
-    return join(read)
+        read.append((split, file.dataset(folder, "" if prefix in ("", ".") else f"{prefix}/")))
+    return join(read, findings)
 
 
 def to_coco(data: Dataset) -> dict[str, Any]:

@@ -89,6 +89,16 @@ class Annotations:
     masks: list[Any] | None = None
     extra: list[Extra] | None = None
 
+    def take(self, chosen: Flags) -> Annotations:
+        """Return the records where ``chosen`` is true."""
+
+        def pick(column: Any) -> Any:
+            if column is None or isinstance(column, np.ndarray):
+                return None if column is None else column[chosen]
+            return [value for value, wanted in zip(column, chosen.tolist(), strict=True) if wanted]
+
+        return Annotations(**{name: pick(column) for name, column in vars(self).items()})
+
 
 def image_pieces(table: msgspec.Raw) -> Iterator[Images | list[Any]]:
     """Yield the images of a JSON array in pieces: columns, or plain values where one of a piece is unusual.

@@ -36,7 +36,7 @@ from detkit.formats.imagefiles import leaves, read_headers
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from detkit.data import Indices
+    from detkit.data import Flags, Indices
 
 
 class _File(msgspec.Struct):
@@ -74,8 +74,8 @@ class CocoFile:
         self._category_ids, self.classes = self._read_categories(content.categories)
         self._boxes = self._read_annotations(content.annotations)
 
-    def dataset(self, folder: Path, prefix: str) -> Dataset | None:
-        """Build the data set with images from ``folder``; None where anything was wrong."""
+    def dataset(self, folder: Path, prefix: str) -> Dataset:
+        """Build the data set with images from ``folder``, without the records that are at fault."""
         sizes = self._sizes(folder)
         self._unique("images", self._images.ids, "id")
         self._unique("images", self.file_names, "file_name")
@@ -86,8 +86,9 @@ class CocoFile:
         self._unique("annotations", boxes.ids, "id", boxes.records)
         owner = self._look_up(boxes.image_ids, self._images.ids, boxes.records, "image_id", "image")
         labels = self._look_up(boxes.category_ids, self._category_ids, boxes.records, "category_id", "category")
-        if self._findings:
-            return None
+        known = (owner >= 0) & (labels >= 0)
+        if not known.all():
+            boxes, owner, labels = boxes.take(known), owner[known], labels[known]
         xyxy = xywh_to_xyxy(boxes.xywh)
         area = np.where(np.isnan(boxes.area), box_area(xyxy), boxes.area)
         # Most files list annotations image by image; then nothing is moved.
@@ -100,9 +101,13 @@ class CocoFile:
             return tuple(column[i] for i in order.tolist())
 
         extra = self._images.extra
-        return Dataset(
-            classes=self.classes,
-            image_ids=tuple(prefix + name for name in self.file_names),
+        usable = self._usable_images()
+        data = Dataset(
+            classes=tuple(n if n not in self.classes[:i] else f"{n} ({i})" for i, n in enumerate(self.classes)),
+            image_ids=tuple(
+                prefix + name if good else f"\0{i}"
+                for i, (name, good) in enumerate(zip(self.file_names, usable.tolist(), strict=True))
+            ),
             paths=tuple(f"{folder}/{name}" for name in self.file_names),
             sizes=sizes,
             offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
@@ -117,6 +122,13 @@ class CocoFile:
             extra=tuple(extra) if extra is not None else None,
             box_extra=arrange(boxes.extra),
         )
+        return data if usable.all() else data.take(np.flatnonzero(usable))
+
+    def _usable_images(self) -> Flags:
+        """Return which images have a name of their own that stays in the folder."""
+        first: dict[str, int] = {}
+        names = enumerate(self.file_names)
+        return np.array([bool(n) and not leaves(n) and first.setdefault(n, i) == i for i, n in names], dtype=bool)
 
     def _error(self, code: str, message: str, table: str = "", record: int | None = None) -> None:
         place = f"{table}[{record}]" if record is not None else table

@@ -17,7 +17,7 @@ from msgspec import Meta
 from detkit.errors import InvalidData
 from detkit.files import inside
 from detkit.formats import Format
-from detkit.formats.findings import Finding, raise_errors
+from detkit.formats.findings import Finding
 from detkit.formats.imagefiles import LARGEST_SIDE, leaves, place_images, require_finite, stem
 from detkit.formats.rows import CLASS_FILE, Rows, read_class_names, write_class_names
 from detkit.formats.splits import SPLIT_FOLDERS, join, parts, split_names
@@ -76,10 +76,7 @@ def read(path: Path, options: DeepDetectOptions) -> Dataset:
         if not pairs and not findings and len(files) == 1:
             findings.append(line_error("no-images", file, 1, "the list is empty; expected `image bboxfile` lines"))
         read.append((name, rows.dataset(classes)))
-    data = join(read)
-    # An image in two lists is read twice.
-    raise_errors(dict.fromkeys(findings), partial=data)
-    return data
+    return join(read, findings)
 
 
 def write(data: Dataset, folder: Path, _options: Options) -> None:

@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import reprlib
@@ -14,13 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import msgspec
 import numpy as np
 
-from detkit.errors import InvalidData
-from detkit.formats.findings import Finding, raise_errors
+from detkit.formats.findings import Finding
 from detkit.formats.imagefiles import LARGEST_SIDE
-from detkit.formats.splits import join
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from detkit.data import Dataset, Extra
 
@@ -193,16 +190,6 @@ class ClassIds:
             place.error("unknown-class", message, "" if lines else f"annotations[{record}]", record)
         kept = data if (labels >= 0).all() else data.keep_boxes(labels >= 0)
         return replace(kept, classes=tuple(classes), labels=labels[labels >= 0])
-
-
-def together(parts: Sequence[tuple[str, Dataset]], findings: list[Finding]) -> Dataset:
-    """Return the splits as one data set. Raises `InvalidData` with all errors, and with what could be read."""
-    if findings:
-        partial = None
-        with contextlib.suppress(InvalidData):  # what was left out makes images differ
-            partial = join(parts)
-        raise_errors(findings, partial=partial)
-    return join(parts)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

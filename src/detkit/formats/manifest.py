@@ -20,10 +20,10 @@ from msgspec import Meta
 from detkit.errors import DetkitWarning, InvalidData, UnknownName
 from detkit.formats import Format
 from detkit.formats.imagefiles import is_file, leaves
-from detkit.formats.jsonrecords import BOX_KEYS, ClassIds, Place, is_id, shown, size_of, together
-from detkit.formats.manifestwriter import ManifestWriteOptions, is_remote, unless_usual, write
+from detkit.formats.jsonrecords import BOX_KEYS, ClassIds, Place, is_id, shown, size_of
+from detkit.formats.manifestwriter import ManifestWriteOptions, in_s3, unless_usual, write
 from detkit.formats.rows import Rows
-from detkit.formats.splits import split_names
+from detkit.formats.splits import join, split_names
 from detkit.params import Options
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def read(path: Path, options: ManifestOptions) -> Dataset:
         (split, _read_file(file, _choose_label(file, survey, options), places, options, findings))
         for (split, file), survey in zip(files, surveys, strict=True)
     ]
-    return together(parts, findings)
+    return join(parts, findings)
 
 
 def _files(path: Path) -> list[tuple[str, Path]]:
@@ -198,7 +198,7 @@ class _Places:
     def __init__(self, references: set[str], folder: Path, given: Path | None) -> None:
         self._folder, self._given = folder, given
         self._keys = {ref: _key(ref) for ref in references}
-        self._far = references if given else {ref for ref in references if is_remote(ref) or _absolute(ref)}
+        self._far = references if given else {ref for ref in references if in_s3(ref) or _absolute(ref)}
         folders = [self._keys[ref].split("/")[:-1] for ref in self._far]
         ends = zip(min(folders), max(folders), strict=False) if folders else ()
         self._common = len(list(takewhile(lambda pair: pair[0] == pair[1], ends)))
@@ -224,7 +224,7 @@ class _Places:
             name = posixpath.basename(image_id)
             flat = self._unique and not is_file(f"{self._given}/{image_id}") and is_file(f"{self._given}/{name}")
             return image_id, f"{self._given}/{name if flat else image_id}"
-        elif is_remote(reference):
+        elif in_s3(reference):
             return image_id, reference
         else:
             return image_id, f"{self._folder}/{key}"
@@ -232,7 +232,7 @@ class _Places:
 
 
 def _absolute(reference: str) -> bool:
-    if is_remote(reference) or not (":" in reference or reference.startswith(("/", "\\"))):
+    if in_s3(reference) or not (":" in reference or reference.startswith(("/", "\\"))):
         return False
     return "://" in reference or bool(PureWindowsPath(reference).anchor)
 
@@ -240,7 +240,7 @@ def _absolute(reference: str) -> bool:
 def _key(reference: str) -> str:
     """Return bucket and key of a URL, or a path, without what begins it."""
     rest = reference.partition("://")[2] or reference
-    if is_remote(reference):
+    if in_s3(reference):
         return rest
     return posixpath.normpath(rest.replace("\\", "/")).lstrip("/")
 

@@ -41,7 +41,7 @@ class ManifestWriteOptions(Options, frozen=True, kw_only=True, forbid_unknown_fi
     ] = ""
 
 
-def is_remote(path: str) -> bool:
+def in_s3(path: str) -> bool:
     """Return whether an image lies in S3."""
     return path.startswith("s3://")
 
@@ -61,11 +61,11 @@ def write(data: Dataset, folder: Path, options: ManifestWriteOptions) -> None:
     if not _LABEL.fullmatch(label) or label.endswith("-ref") or "-metadata" in label or label == "source-ref":
         expected = "letters and digits with hyphens between, not ending in -ref and without -metadata, at most 127"
         raise InvalidValue("label", label, expected)
-    if prefix and not (is_remote(prefix) and prefix.removeprefix("s3://").split("/")[0]):
+    if prefix and not (in_s3(prefix) and prefix.removeprefix("s3://").split("/")[0]):
         raise InvalidValue("prefix", options.prefix, "expected s3://BUCKET/FOLDER")
     require_finite(data)
     found = {f"{name or 'output'}.manifest": part for name, part in parts(data).items()}
-    here = [i for i, path in enumerate(data.paths) if not is_remote(path)]
+    here = [i for i, path in enumerate(data.paths) if not in_s3(path)]
     for i in here:
         inside(data.image_ids[i])
     place_images(data if len(here) == len(data) else data.take(here), folder / "images")
@@ -94,7 +94,7 @@ def _line(data: Dataset, i: int, label: str, root: str) -> dict[str, Any]:
     own = {"source-ref", label, f"{label}-metadata"}
     path = data.paths[i]
     return {
-        "source-ref": path if is_remote(path) else f"{root}/{data.image_ids[i]}",
+        "source-ref": path if in_s3(path) else f"{root}/{data.image_ids[i]}",
         # Other labels stand before this one, so that it is the last one, which is read.
         **{key: value for key, value in extra.items() if key not in own and key not in _OF_METADATA},
         label: {"image_size": image_size_of(data, i), "annotations": annotations_of(data, i)},

@@ -149,14 +149,7 @@ def join_files(
     except InvalidData:
         raise_errors(findings)
         raise
-    named = [(split, reader.dataset(names)) for split, reader in readers]
-    try:
-        data = join(named)
-    except InvalidData as error:
-        raise_errors([*findings, *error.findings], error.hint, error.partial)
-        raise
-    raise_errors(findings, partial=data)
-    return data
+    return join([(split, reader.dataset(names)) for split, reader in readers], findings)
 
 
 class LabelWriteOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):

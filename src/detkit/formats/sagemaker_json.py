@@ -29,10 +29,9 @@ from detkit.formats.jsonrecords import (
     is_id,
     shown,
     size_of,
-    together,
 )
 from detkit.formats.rows import CLASS_FILE, Rows, read_class_names
-from detkit.formats.splits import parts
+from detkit.formats.splits import join, parts
 from detkit.images import list_images
 from detkit.params import Options
 
@@ -100,7 +99,7 @@ def read(path: Path, options: SageMakerJsonOptions) -> Dataset:
             (name, replace(part, image_ids=tuple(f"{name}/{image_id}" for image_id in part.image_ids)))
             for name, part in found
         ]
-    return together(found, findings)
+    return join(found, findings)
 
 
 def write(data: Dataset, folder: Path, _options: Options) -> None:

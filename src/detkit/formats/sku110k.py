@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from detkit.errors import DetkitWarning, ImageError, InvalidData, did_you_mean
 from detkit.formats import Format
-from detkit.formats.findings import Finding, raise_errors
+from detkit.formats.findings import Finding
 from detkit.formats.imagefiles import LARGEST_SIDE, folder_of, leaves, place_images, require_finite
 from detkit.formats.rows import Rows
 from detkit.formats.splits import join, parts, split_names
@@ -87,9 +87,8 @@ def read(path: Path, options: SkuOptions) -> Dataset:
     if options.corrupted == "skip":
         excluded |= _corrupted(folder, {name for table in tables for name in table.images} - excluded)
     names = split_names([file.stem for file in files])
-    data = join([(name, table.dataset(folder, classes, excluded)) for name, table in zip(names, tables, strict=True)])
-    raise_errors(findings, partial=data)
-    return data
+    read = [(name, table.dataset(folder, classes, excluded)) for name, table in zip(names, tables, strict=True)]
+    return join(read, findings)
 
 
 def write(data: Dataset, folder: Path, _options: Options) -> None:

@@ -13,7 +13,7 @@ from detkit.errors import InvalidData
 from detkit.formats.findings import Finding, raise_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 UNSPLIT = "unsplit"
 """Name of the file with the images of no split; it is not a split itself."""
@@ -64,10 +64,25 @@ def parts(data: Dataset) -> dict[str, Dataset]:
     return found
 
 
-def join(named: Sequence[tuple[str, Dataset]]) -> Dataset:
-    """Put the files of several splits together; an image that is in more than one must be annotated alike."""
-    if len(named) == 1:
-        return named[0][1]
+def join(named: Sequence[tuple[str, Dataset]], findings: Iterable[Finding] = ()) -> Dataset:
+    """Put the files of several splits together; an image that is in more than one must be annotated alike.
+
+    ``findings`` are those of reading the files. Raises one `InvalidData` where there is an error, with the data without
+    what is at fault; then images may differ because of what is missing, and are not compared.
+    """
+    known = list(dict.fromkeys(findings))  # an image in two files is read twice
+    joined, differing = _join(named)
+    raise_errors(known, partial=joined)
+    raise_errors(differing, "keep the image in one file, or with the same annotations in all", joined)
+    if joined is None:
+        raise InvalidData("nothing was read; is it the right folder?")
+    return joined
+
+
+def _join(named: Sequence[tuple[str, Dataset]]) -> tuple[Dataset | None, list[Finding]]:
+    """Return the data in one, where there is any, and each image that is annotated in two ways."""
+    if len(named) <= 1:
+        return (named[0][1] if named else None), []
     classes = tuple(dict.fromkeys(name for _, part in named for name in part.classes))
     index: dict[str, int] = {}
     kept: list[Dataset] = []
@@ -100,8 +115,7 @@ def join(named: Sequence[tuple[str, Dataset]]) -> Dataset:
             splits[split] = [index[image_id] for image_id in part.image_ids]
     joined = concatenate(kept)
     joined = replace(joined, split_indices={name: np.array(at, dtype=np.int64) for name, at in splits.items()})
-    raise_errors(findings, "keep the image in one file, or with the same annotations in all", joined)
-    return joined
+    return joined, findings
 
 
 def _alike(a: Dataset, i: int, b: Dataset, j: int) -> bool:

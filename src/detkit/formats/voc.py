@@ -98,8 +98,9 @@ def read(path: Path, options: VocOptions) -> Dataset:
         for name, count in Counter(filter(None, image_of)).items()
         if count > 1
     ]
-    raise_errors(found.findings)
-    return _dataset(layout, found, classes, image_ids, splits, options.origin)
+    data = _dataset(layout, found, classes, image_ids, splits, options.origin)
+    raise_errors(found.findings, partial=data)
+    return data
 
 
 @dataclass(frozen=True)
@@ -331,29 +332,32 @@ def _dataset(  # noqa: PLR0917
     splits: dict[str, list[int]],
     origin: Literal["auto", 1, 0],
 ) -> Dataset:
+    """Return the columns without the images and boxes that are at fault; an unreadable size adds to the findings."""
     blank = len(image_ids) - len(found.files)
+    first: dict[str, int] = {}
+    usable = np.array([bool(n) and first.setdefault(n, i) == i for i, n in enumerate(image_ids)], dtype=bool)
     paths = [f"{layout.pictures}/{name}" for name in image_ids]
     sizes = np.concatenate([found.sizes, np.zeros((blank, 2), dtype=np.int64)])
-    unknown = np.flatnonzero((sizes <= 0).any(axis=1)).tolist()
-    failed = []
+    unknown = np.flatnonzero((sizes <= 0).any(axis=1) & usable).tolist()
     for i, header in zip(unknown, read_headers([paths[i] for i in unknown]), strict=True):
         if isinstance(header, ImageError):
-            failed.append(image_finding(header, i))
+            usable[i] = False
+            found.findings.append(image_finding(header, None))
         else:
             sizes[i] = header.width, header.height
-    raise_errors(failed)
     boxes = found.corners
     if _origin(boxes, origin, layout.root) == 1:
         boxes[:, :2] -= 1
     label_of = {name: i for i, name in enumerate(classes)}
-    return Dataset(
+    labels = np.array([label_of.get(name, -1) for name in found.vocabulary], dtype=np.int64)[found.names]
+    data = Dataset(
         classes=classes,
-        image_ids=tuple(image_ids),
+        image_ids=tuple(n if good else f"\0{i}" for i, (n, good) in enumerate(zip(image_ids, usable, strict=True))),
         paths=tuple(paths),
         sizes=sizes,
         offsets=np.concatenate([[0], np.cumsum(found.counts), np.full(blank, found.counts.sum())]).astype(np.int64),
         boxes=boxes,
-        labels=np.array([label_of.get(name, -1) for name in found.vocabulary], dtype=np.int64)[found.names],
+        labels=labels,
         difficult=found.difficult,
         crowd=np.zeros(len(boxes), dtype=bool),
         area=area(boxes),
@@ -362,6 +366,8 @@ def _dataset(  # noqa: PLR0917
         box_extra=tuple(found.extra) if any(found.extra) else None,
         split_indices={name: np.array(at, dtype=np.int64) for name, at in splits.items()},
     )
+    data = data if (labels >= 0).all() else data.keep_boxes(labels >= 0)
+    return data if usable.all() else data.take(np.flatnonzero(usable), keep_splits=True)
 
 
 def _origin(boxes: Boxes, origin: Literal["auto", 1, 0], root: Path) -> int:

@@ -93,9 +93,9 @@ def read(path: Path, options: YoloOptions) -> Dataset:
                 f"none of {len(everything)} images has a label file; looked for {twin(min(everything))} and the like",
             )
         )
-    data = join(read) if read else Rows(findings).dataset(classes)
-    # An image in two splits is read twice.
-    raise_errors(dict.fromkeys(findings), partial=data if described else None)
+    if not described:
+        raise_errors(findings)
+    data = join(read or [("", Rows(findings).dataset(classes))], findings)
     bare = [f"{split} ({len(images)})" for split, images in layout.splits.items() if images and not labelled[split]]
     if bare and options.unlabelled == "negatives":
         warnings.warn(
