@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from detkit import read_dataset, write_dataset
-from detkit.formats.checks import check_annotations
 from detkit.data import Dataset
 from detkit.errors import DetkitWarning, InvalidData
 from detkit.formats import vocscan
+from detkit.formats.checks import check_annotations
 from detkit.formats.findings import count_codes
 from detkit.formats.imagefiles import read_headers
 from detkit.formats.vocxml import Objects
