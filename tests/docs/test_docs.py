@@ -311,6 +311,18 @@ def test_formats_page_says_what_each_carries() -> None:
             assert cell in expected, (name, column, cell)
 
 
+def test_every_code_of_a_finding_is_documented() -> None:
+    page = (ROOT / "docs/how-to/check-your-data.md").read_text()
+    source = "\n".join(
+        file.read_text() for part in ("formats", "checking") for file in (ROOT / "src/detkit" / part).glob("*.py")
+    )
+    raised = r'(?:code="|(?:[a-z]_|\b)error\(\s*"|\bnote\([^"]*"|\b(?:finding|warning)\((?:i, |j, )?\s*")'
+    named = raised + r'([a-z]+(?:-[a-z]+)*)"'
+    codes = set(re.findall(named, source))
+    assert {"outside", "near-duplicate", "class-typo", "not-normalised", "malformed"} <= codes
+    assert sorted(code for code in codes - {"note"} if f"`{code}`" not in page) == []
+
+
 def test_every_hook_is_documented() -> None:
     page = (ROOT / "docs/how-to/write-a-backend.md").read_text()
     hooks = [hook for name, hook in vars(hookspecs).items() if name.startswith("detkit_")]
