@@ -122,7 +122,7 @@ def test_merge_joins_splits_of_one_name() -> None:
 
 def test_merge_of_the_same_image_ids() -> None:
     data = dataset([[1, 0, 0]] * 5)
-    with pytest.raises(UsageError, match=r"5 image ids.*0\.jpg, 1\.jpg, 2\.jpg; .*--prefix"):
+    with pytest.raises(UsageError, match=r"5 image ids.*0\.jpg, 1\.jpg, 2\.jpg; .*--prefix-names"):
         merge([data, data])
     assert merge([data, data], prefixes=["2007", "2012"]).image_ids[4:6] == ("2007/4.jpg", "2012/0.jpg")
     for prefixes in (["a"], ["a", "a"], ["a", "../b"], ["a", ""], ["a", ".."]):

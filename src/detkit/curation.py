@@ -36,7 +36,7 @@ def merge(data: Sequence[Dataset], *, prefixes: Sequence[str] | None = None) -> 
     if twice:
         raise UsageError(
             f"{len(twice)} image ids are in more than one of the data sets, for example "
-            f"{', '.join(twice[:_SHOWN])}; leave one of them out, or tell them apart with prefixes= (--prefix)"
+            f"{', '.join(twice[:_SHOWN])}; leave one of them out, or tell them apart with prefixes= (--prefix-names)"
         )
     classes = tuple(dict.fromkeys(name for part in data for name in part.classes))
     starts = np.cumsum([0, *(len(part) for part in data)])
@@ -59,8 +59,9 @@ def sample(data: Dataset, size: float, *, seed: int = 0) -> Dataset:
 
     Each class keeps its share of boxes as nearly as possible; images stay in the splits they were in.
     """
-    number = round(size * len(data)) if 0 < size < 1 else int(size)
-    if not (0 < size < 1 or number == size) or not 1 <= number <= len(data):
+    wanted = size * len(data) if 0 < size < 1 else size
+    number = round(wanted) if 0 < wanted <= len(data) else 0
+    if number < 1 or not (0 < size < 1 or number == size):
         raise InvalidValue("size", size, f"a number of images from 1 to {len(data)}, or a share between 0 and 1")
     if number == len(data):
         return data

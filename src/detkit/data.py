@@ -290,7 +290,7 @@ class Dataset:
 
     def split_positions(self, *fractions: float, seed: int = 0, group_by: str | None = None) -> list[list[int]]:
         """Return the image indices of the parts that `split` makes, also where the data came split."""
-        if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        if not fractions or min(fractions) <= 0 or not abs(sum(fractions) - 1) <= 1e-6:
             raise InvalidValue("fractions", fractions, "positive numbers that sum to 1")
         groups = np.arange(len(self)) if group_by is None else self._groups(group_by)
         found = int(groups.max(initial=-1)) + 1

@@ -23,6 +23,10 @@ def inside(relative: str) -> Path:
     pure = PurePosixPath(relative)
     if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or "\0" in relative:
         raise InvalidData(f"image id {relative!r} leaves its folder; expected a relative path without '..'")
+    try:
+        relative.encode()
+    except UnicodeEncodeError:
+        raise InvalidData(f"image id {relative!r} is no text, as its bytes are not UTF-8; rename the file") from None
     return Path(*pure.parts)
 
 

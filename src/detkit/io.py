@@ -40,12 +40,25 @@ def read_dataset(path: str | Path, format: str | None = None, *, split: str | No
     where, named = _separate(path)
     if named and split and named != split:
         raise UsageError(f"{path} names the split {named!r}, the call {split!r}; give one of them")
-    data = _read_there(where, format, options) if isinstance(where, str) else _read(where, format, options)
     wanted = split or named
+    try:
+        data = _read_there(where, format, options) if isinstance(where, str) else _read(where, format, options)
+    except InvalidData as error:
+        if wanted and error.partial is not None:
+            error.partial = error.partial.splits.get(wanted)
+        raise
     return data.splits[wanted] if wanted else data
 
 
 def _read(path: Path, format: str | None, options: dict[str, Any]) -> Dataset:
+    try:
+        return _read_or_recall(path, format, options)
+    except OSError as error:
+        message = f"cannot read {error.filename or path}: {error.strerror or error}"
+        raise InvalidData(f"{message}. mend or remove it, or see to the permission to read it") from error
+
+
+def _read_or_recall(path: Path, format: str | None, options: dict[str, Any]) -> Dataset:
     kept = reading(path, format, options, [known.read for known in plugins.formats().values()])
     found = kept.look_up() if kept is not None else None
     if found is not None:
@@ -157,6 +170,11 @@ def _appearing(target: Path) -> Iterator[Path]:
         os.replace(beside, target)
     except OSError as error:
         raise StorageError(target, error) from error
+    except UnicodeEncodeError as error:
+        shown = ascii(error.object[max(0, error.start - 40) : error.end + 40])
+        raise InvalidData(
+            f"{shown} in a name or a kept key is no Unicode text, which annotation files are; rename it"
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -204,6 +222,9 @@ def _sniff(path: Path) -> Format:
         return fitting[0]
     if fitting:
         names = ", ".join(candidate.name for candidate in fitting)
-        raise UsageError(f"{path} looks like several formats: {names}; say which with format= (--format)")
+        raise UsageError(
+            f"{path} looks like several formats: {names}; say which with format= (--format, or --from of check and "
+            "convert)"
+        )
     listed = "\n".join(f"  {name}: {candidate.summary}" for name, candidate in known.items())
     raise UsageError(f"{path} looks like none of the known formats. looked for:\n{listed}\nor name it with format=")

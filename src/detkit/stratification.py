@@ -31,8 +31,10 @@ def stratify(
     part_of = np.full(num_groups, -1)
     shuffled = rng.permutation(num_groups)
     order = shuffled[np.lexsort((-share_of_class.max(axis=1, initial=0)[shuffled], -sizes[shuffled]))]
-    for group in order.tolist():
-        parts = np.flatnonzero(room >= sizes[group])
+    for left, group in zip(range(num_groups, 0, -1), order.tolist(), strict=True):
+        empty = np.flatnonzero(np.bincount(part_of[part_of >= 0], minlength=len(fractions)) == 0)
+        # No part stays empty: the last groups go where there is none yet.
+        parts = empty if len(empty) >= left else np.flatnonzero(room >= sizes[group])
         if not len(parts):
             parts = np.flatnonzero(room == room.max())
         lack = lacking[parts] @ share_of_class[group]

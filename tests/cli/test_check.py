@@ -55,7 +55,7 @@ def test_for_programs(cli: Any, broken: Path, tmp_path: Path) -> None:
     assert cli("check", "data", "--format", "json", cwd=tmp_path, DETKIT_CACHE="cache").json == found
     sarif = cli("check", "data", "--format", "sarif", cwd=tmp_path, DETKIT_CACHE="cache").json
     assert len(sarif["runs"][0]["results"]) == 2
-    github = cli("check", "data", "--format", "github", "--images", "none", cwd=tmp_path, DETKIT_CACHE="cache")
+    github = cli("check", "data", "--format", "github", "--look", "none", cwd=tmp_path, DETKIT_CACHE="cache")
     assert github.out.startswith("::error file=data/annotations.json,line=1,col=")
     assert len(github.out.splitlines()) == 1
 
@@ -74,7 +74,7 @@ def test_strict(cli: Any, tmp_path: Path) -> None:
         ([], "expected one data set, found 0"),
         (["data", "more"], "expected one data set, found 2"),
         (["data", "--format", "xml"], "one of text, json, github, sarif"),
-        (["data", "--images", "some"], "one of pixels, headers, none"),
+        (["data", "--look", "some"], "one of pixels, headers, none"),
         (["data", "--orgin", "0"], "no option of format coco 'orgin'"),
         (["nowhere"], "there is no file or folder nowhere"),
     ],

@@ -45,7 +45,7 @@ def test_what_is_left_behind_is_said_once(cli: Cli, data: Path, tmp_path: Path) 
 def test_split_merge_sample_remap(cli: Cli, data: Path, tmp_path: Path) -> None:
     done = cli("split", data, "cut", "train=0.5", "hold=0.5", "--seed", "3", "--to", "voc", cwd=tmp_path)
     assert done.code == 0, done.err
-    assert "splits   train 10, hold 10" in done.out
+    assert "splits   hold 10, train 10" in done.out
     assert sorted(p.name for p in (tmp_path / "cut/ImageSets/Main").iterdir()) == ["hold.txt", "train.txt"]
     done = cli("split", "cut", "again", "a=1", cwd=tmp_path)
     assert done.code == 2
@@ -58,7 +58,7 @@ def test_split_merge_sample_remap(cli: Cli, data: Path, tmp_path: Path) -> None:
     }
     assert cli("sample", "cut:train", "few", "--size", "0.4", "--json", cwd=tmp_path).json["images"] == 4
     assert cli("merge", data, "few", "both", cwd=tmp_path).code == 2
-    assert cli("merge", data, "few", "both", "--prefix", "--json", cwd=tmp_path).json["images"] == 24
+    assert cli("merge", data, "few", "both", "--prefix-names", "--json", cwd=tmp_path).json["images"] == 24
     done = cli("remap", "few", "named", "disc=round thing", "--drop", "square", "--json", cwd=tmp_path)
     assert list(done.json["classes"]) == ["round thing"]
     assert "boxes of square are left out" in done.err

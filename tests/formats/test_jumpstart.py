@@ -234,3 +234,11 @@ def test_mutated_files_raise_only_our_errors(tmp_path_factory: pytest.TempPathFa
     with contextlib.suppress(InvalidData), warnings.catch_warnings():
         warnings.simplefilter("ignore", DetkitWarning)
         FORMAT.read(folder, JumpStartOptions())
+
+
+def test_swapped_corners_are_not_written(tmp_path: Path) -> None:
+    """Reading would refuse them as COCO's."""
+    data = tiny_dataset(tmp_path / "pictures").take([0])
+    with pytest.raises(InvalidData, match="corners swapped"):
+        write_dataset(replace(data, boxes=np.array([[40.0, 30, 20, 25]])), tmp_path / "out", "jumpstart")
+    assert not (tmp_path / "out").exists()

@@ -332,6 +332,14 @@ def test_an_image_in_two_splits(sound: detkit.Dataset, tmp_path: Path) -> None:
     assert len(read_dataset(folder)) == 10
 
 
+def test_a_split_that_only_puts_others_together_is_not_packed_again(sound: detkit.Dataset, tmp_path: Path) -> None:
+    splits = {"train": np.array([0, 1, 2]), "val": np.arange(3, 7), "trainval": np.arange(7)}
+    with pytest.warns(DetkitWarning, match="file names"), pytest.warns(match="trainval: all of it is in other splits"):
+        folder = write_dataset(replace(sound, split_indices=splits), tmp_path / "out", "recordio")
+    back = read_dataset(folder)
+    assert (len(back), sorted(back.split_indices)) == (7, ["train", "val"])
+
+
 def test_other_files_are_not_recognised(tmp_path: Path) -> None:
     (tmp_path / "a.rec").write_bytes(b"something else")
     with pytest.raises(UsageError, match="none of the known formats"):

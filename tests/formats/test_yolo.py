@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from detkit import read_dataset, write_dataset
-from detkit.data import Dataset
+from detkit.data import Dataset, Sample
 from detkit.errors import DetkitWarning, InvalidData, UsageError
 from detkit.formats.yololayout import twin
 from detkit.io import recognise
@@ -437,3 +437,26 @@ def test_one_split_of_all_images_stays_one(tmp_path: Path) -> None:
     data = replace(tiny_dataset(tmp_path / "pictures"), split_indices={"train": np.arange(8)})
     back = read_dataset(write_dataset(data, tmp_path / "out", "yolo"))
     assert {name: list(at) for name, at in back.split_indices.items()} == {"train": list(range(8))}
+
+
+def test_shares_are_those_of_the_image(tmp_path: Path) -> None:
+    """Whoever reads them takes the size from the file, so a size that differs would move every box."""
+    data = tiny_dataset(tmp_path / "pictures").take([0, 1])
+    with pytest.raises(InvalidData, match="the annotation says 48x96, the image is 96x96"):
+        write_dataset(replace(data, sizes=np.array([[48, 96], [96, 96]])), tmp_path / "out", "yolo")
+    assert not (tmp_path / "out").exists()
+    unknown = replace(data, sizes=np.array([[0, 0], [96, 96]]))
+    assert np.array_equal(read_dataset(write_dataset(unknown, tmp_path / "out", "yolo")).boxes, data.boxes)
+
+
+def test_boxes_turn_with_the_image(tmp_path: Path) -> None:
+    """EXIF shows the picture on its side, and its box was drawn on the stored pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), "grey").save(tmp_path / "a.jpg", exif=exif)
+    stored = Sample(
+        path=str(tmp_path / "a.jpg"), width=40, height=20, boxes=np.array([[2.0, 3, 12, 8]]), names=("disc",)
+    )
+    back = read_dataset(write_dataset(Dataset.from_samples(["disc"], [stored]), tmp_path / "out", "yolo"))
+    assert back.sizes.tolist() == [[20, 40]]
+    assert back.boxes.tolist() == [[12, 2, 17, 12]]

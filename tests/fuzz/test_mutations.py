@@ -30,6 +30,9 @@ pytestmark = pytest.mark.slow
 FORMATS = sorted(plugins.formats())
 EXAMPLES = int(os.environ.get("DETKIT_FUZZ_EXAMPLES", "250"))
 
+FURTHEST = 1e30
+"""Pixels; sums of larger numbers overflow, and may be refused at any step."""
+
 Draw: TypeAlias = Callable[[st.SearchStrategy[Any]], Any]
 
 TEXTS = (
@@ -336,6 +339,8 @@ def test_mutated(name: str, seeds: dict[str, Path], guarded: Any, tmp_path: Path
                 return
             if not len(read):
                 return  # an empty file that says so; most formats have no such thing
+            if np.abs(read.boxes).max(initial=0) > FURTHEST:
+                return
             for other in {name, data.draw(st.sampled_from(FORMATS))}:
                 try:
                     with guarded(folder, root / other, root):
@@ -349,7 +354,9 @@ def test_mutated(name: str, seeds: dict[str, Path], guarded: Any, tmp_path: Path
                     if {finding.code for finding in error.findings} == {"unreadable-image"}:
                         continue  # its size was told, and the file was never looked into
                     raise
-                assert_alike(read, back, by_name="image_ids" in plugins.formats()[other].carries)
+                by_name = "image_ids" in plugins.formats()[other].carries
+                if by_name or sum(map(len, read.split_indices.values())) <= len(read):
+                    assert_alike(read, back, by_name=by_name)  # else an image of two splits is now two
         finally:
             shutil.rmtree(root)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from detkit.checking.classes import check_classes
 from detkit.checking.limits import check_limits
@@ -17,38 +17,43 @@ from detkit.data import Dataset
 from detkit.errors import DetkitWarning, ImageError, InvalidData
 from detkit.formats.checks import check_annotations
 from detkit.formats.findings import Finding
-from detkit.formats.imagefacts import look
+from detkit.formats.imagefacts import look as look_at
 from detkit.io import read_dataset
 
 __all__ = ["check", "read_and_check"]
+
+Look: TypeAlias = Literal["pixels", "headers", "none"]
+
+_LEAVING_OUT = {"split", "exclude", "corrupted", "unannotated", "unlabelled"}
+"""Options of reading that leave images out on purpose."""
 
 
 def check(
     data: Dataset | str | Path,
     *,
-    images: Literal["pixels", "headers", "none"] = "pixels",
+    look: Look = "pixels",
     format: str | None = None,
     **options: Any,
 ) -> list[Finding]:
     """Return everything that is found in a data set, or in files that become one, in the order of the files.
 
-    ``images="pixels"`` decodes every image, ``"headers"`` only looks at sizes and bytes, ``"none"`` opens none; what
+    ``look="pixels"`` decodes every image, ``"headers"`` only looks at sizes and bytes, ``"none"`` opens none; what
     was seen of a file is remembered until it changes. ``format`` and ``options`` are those of `detkit.read_dataset`.
     Files that cannot be read are findings, too: nothing is raised for them, and the rest is checked all the same.
     """
-    return read_and_check(data, images=images, format=format, **options)[1]
+    return read_and_check(data, look=look, format=format, **options)[1]
 
 
 def read_and_check(
     data: Dataset | str | Path,
     *,
-    images: Literal["pixels", "headers", "none"] = "pixels",
+    look: Look = "pixels",
     format: str | None = None,
     **options: Any,
 ) -> tuple[Dataset | None, list[Finding]]:
     """Return the data, as far as it can be read, and what `check` returns."""
     if isinstance(data, Dataset):
-        return data, locate(_check(data, images))
+        return data, locate(_check(data, look))
     found: list[Finding] = []
     known: Dataset | None
     with warnings.catch_warnings(record=True) as told:
@@ -67,18 +72,20 @@ def read_and_check(
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if known is not None:
-        found += [finding for finding in _check(known, images) if finding not in found]
-        if Path(data).exists() and images != "none":  # of a split, the other images are no orphans
-            found += orphans(known, Path(data), found)
+        unread = any(finding.severity == "error" for finding in found)
+        found += [finding for finding in _check(known, look) if finding not in found]
+        # Of a split, of one file of several, and of what was left out on purpose, other images are no orphans.
+        if look != "none" and not unread and not options.keys() & _LEAVING_OUT and Path(data).is_dir():
+            found += orphans(known, Path(data))
     return known, locate(found)
 
 
-def _check(data: Dataset, images: Literal["pixels", "headers", "none"]) -> list[Finding]:
+def _check(data: Dataset, look: Look) -> list[Finding]:
     if not len(data):
         return check_annotations(data, None)
     doubtful = [*check_classes(data), *check_limits(data)]
-    if images == "none":
+    if look == "none":
         return [*doubtful, *check_annotations(data, None)]
-    facts = look(data.paths, decode=images == "pixels")
+    facts = look_at(data.paths, decode=look == "pixels")
     headers = [fact if isinstance(fact, ImageError) else fact.header for fact in facts]
     return [*doubtful, *check_pictures(data, facts), *check_annotations(data, headers)]

@@ -63,27 +63,38 @@ td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowra
 """
 
 
-def write_overview(data: Dataset, findings: Sequence[Finding], file: Path, *, title: str) -> None:
-    """Write the page. Images that cannot be read are left out of the samples; the findings name them."""
+def write_overview(data: Dataset | None, findings: Sequence[Finding], file: Path, *, title: str) -> None:
+    """Write the page; of data that cannot be read at all, None, it has the findings only.
+
+    Images that cannot be read are left out of the samples; the findings name them.
+    """
     page = "\n".join(_page(data, findings, title))
     with atomic_write(file) as stream:
-        stream.write(page.encode())
+        stream.write(page.encode(errors="backslashreplace"))
 
 
-def _page(data: Dataset, findings: Sequence[Finding], title: str) -> Iterator[str]:
+def _page(data: Dataset | None, findings: Sequence[Finding], title: str) -> Iterator[str]:
     severities = {name: sum(f.severity == name for f in findings) for name in ("error", "warning", "note")}
     yield '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
     yield f"<h1>{escape(title)}</h1>"
-    tiles = {"images": len(data), "boxes": len(data.boxes), "classes": len(data.classes)}
-    tiles |= {f"split {name}": len(at) for name, at in data.split_indices.items()}
+    tiles: dict[str, int] = {}
+    if data is not None:
+        tiles = {"images": len(data), "boxes": len(data.boxes), "classes": len(data.classes)}
+        tiles |= {f"split {name}": len(at) for name, at in data.split_indices.items()}
     tiles |= {f"{name}s": count for name, count in severities.items()}
     yield '<div class="tiles">'
     yield from (f"<div><b>{count:,}</b>{escape(name)}</div>" for name, count in tiles.items())
     yield "</div>"
     yield from _findings(findings)
-    yield from _classes(data)
+    if data is not None:
+        yield from _classes(data)
+        yield from _boxes(data)
+    yield "</body></html>"
+
+
+def _boxes(data: Dataset) -> Iterator[str]:
     yield "<h2>Boxes</h2><div class='charts'>"
     sides = np.sqrt(np.maximum((data.boxes[:, 2] - data.boxes[:, 0]) * (data.boxes[:, 3] - data.boxes[:, 1]), 0))
     small, medium = int((sides < SMALL_SIDE).sum()), int(((sides >= SMALL_SIDE) & (sides < MEDIUM_SIDE)).sum())
@@ -98,7 +109,7 @@ def _page(data: Dataset, findings: Sequence[Finding], title: str) -> Iterator[st
     most = f"{int(counts.max(initial=0)):,} on {fullest}; {empty:,} images without"
     yield _histogram(counts, "Boxes of an image", most)
     yield _heat_map(data)
-    yield "</div></body></html>"
+    yield "</div>"
 
 
 def _findings(findings: Sequence[Finding]) -> Iterator[str]:

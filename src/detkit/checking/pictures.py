@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,11 @@ import numpy as np
 
 from detkit.errors import ImageError
 from detkit.formats.findings import Finding
+from detkit.formats.splits import containers
 from detkit.images import EXTENSIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from detkit.data import Dataset
     from detkit.formats.findings import Severity
@@ -24,6 +26,10 @@ NEAR_BITS = 10
 _MOST_COMPARED = 50_000
 """Images above which near-duplicates are not looked for: every pair is compared."""
 _BLOCK = 2048
+_TOGETHER = {"trainval", "all"}
+"""Splits that put others together by their name, also where only one of these is there."""
+_MOST_ALIKE = 64
+"""Earlier images that one is compared with further, where a film has made hundreds alike."""
 _FLAT_BITS = 24
 """A hash with fewer bits set, or unset, is of a picture without structure, which resembles every other such picture."""
 
@@ -49,50 +55,62 @@ def check_pictures(data: Dataset, facts: Sequence[ImageFacts | ImageError]) -> I
                 "with 3 only",
             )
     roles = _Membership(data)
-    first: dict[str, int] = {}
+    same: dict[str, list[int]] = {}
     copies: set[tuple[int, int]] = set()
     for i, fact in enumerate(facts):
         if isinstance(fact, ImageError):
             continue
-        j = first.setdefault(fact.digest, i)
-        if j != i:
-            copies.add((j, i))
-            if leak := roles.leak(j, i):
-                yield finding(i, "leaked-image", "error", f"byte for byte {data.paths[j]}, and {leak}")
+        earlier = same.setdefault(fact.digest, [])
+        copies |= {(j, i) for j in earlier}
+        if earlier:
+            j, leak = roles.worst(earlier, i)
+            message = f"byte for byte {data.paths[j]}"
+            if leak:
+                yield finding(i, "leaked-image", "error", f"{message}, and {leak}")
             else:
-                yield finding(i, "duplicate-image", "warning", f"byte for byte {data.paths[j]}")
-    for i, j, bits in _near(facts):
-        if (i, j) in copies:
-            continue
-        near = f"looks like {data.paths[i]} ({bits} of 256 bits differ)"
-        if leak := roles.leak(i, j):
-            yield finding(j, "near-duplicate-leak", "warning", f"{near}, and {leak}")
-        else:
-            yield finding(j, "near-duplicate", "note", near)
+                yield finding(i, "duplicate-image", "warning", message)
+        earlier.append(i)
     yield from roles.overlaps()
+    if len(facts) > _MOST_COMPARED:
+        message = f"near-duplicates among more than {_MOST_COMPARED} images are not looked for; check a part of them"
+        yield Finding(code="not-compared", severity="note", message=message, file="")
+        return
+    for i, nearby in _near(facts):
+        bits = {j: count for j, count in nearby.items() if (j, i) not in copies}
+        if not bits:
+            continue
+        j, leak = roles.worst(bits, i)
+        message = f"looks like {data.paths[j]} ({bits[j]} of 256 bits differ)"
+        if leak:
+            yield finding(i, "near-duplicate-leak", "warning", f"{message}, and {leak}")
+        else:
+            yield finding(i, "near-duplicate", "note", message)
 
 
 class _Membership:
-    """Which splits an image is in. A split that contains another, as trainval contains train, leaks nothing."""
+    """Which splits an image is in; those that only put others together, as trainval does, do not count."""
 
     def __init__(self, data: Dataset) -> None:
         self._data = data
-        self._splits = {name: set(at.tolist()) for name, at in data.split_indices.items()}
+        aside = containers(data.split_indices) | _TOGETHER
+        self._splits = {name: set(at.tolist()) for name, at in data.split_indices.items() if name not in aside}
 
-    def leak(self, i: int, j: int) -> str:
-        """Say which splits two images that are alike are in, where no split contains both of them; else nothing."""
+    def worst(self, earlier: Iterable[int], i: int) -> tuple[int, str]:
+        """Return one of the images that are like image ``i``, and between which splits it leaks; "" for none."""
+        told = [(j, self._leak(j, i)) for j in earlier]
+        return next(((j, leak) for j, leak in told if leak), told[0])
+
+    def _leak(self, i: int, j: int) -> str:
         mine, others = ([name for name, members in self._splits.items() if at in members] for at in (i, j))
         if not mine or not others or set(mine) & set(others):
             return ""
         return f"that one is in split {'/'.join(mine)}, this one in {'/'.join(others)}"
 
     def overlaps(self) -> Iterator[Finding]:
-        """Yield an error for two splits that share images and of which neither contains the other."""
-        names = list(self._splits)
-        for a, b in ((a, b) for k, a in enumerate(names) for b in names[k + 1 :]):
+        """Yield an error for two splits that share images."""
+        for a, b in combinations(self._splits, 2):
             shared = sorted(self._splits[a] & self._splits[b])
-            nested = self._splits[a] <= self._splits[b] or self._splits[b] <= self._splits[a]
-            if shared and (not nested or "test" in {a, b}):
+            if shared:
                 listed = ", ".join(self._data.image_ids[i] for i in shared[:3])
                 yield Finding(
                     code="leaked-image",
@@ -104,12 +122,12 @@ class _Membership:
                 )
 
 
-def _near(facts: Sequence[ImageFacts | ImageError]) -> Iterator[tuple[int, int, int]]:
-    """Yield pairs of images whose hashes nearly agree, and in how many bits they do not, each image once."""
+def _near(facts: Sequence[ImageFacts | ImageError]) -> Iterator[tuple[int, dict[int, int]]]:
+    """Yield images with earlier ones whose hashes nearly agree, some if there are many, and how many bits differ."""
     hashed = [
         (i, f.difference_hash) for i, f in enumerate(facts) if not isinstance(f, ImageError) and f.difference_hash
     ]
-    if not 2 <= len(hashed) <= _MOST_COMPARED:
+    if len(hashed) < 2:
         return
     bits = np.unpackbits(np.array([np.frombuffer(h, np.uint8) for _, h in hashed]), axis=1)
     set_bits = bits.sum(axis=1)
@@ -119,25 +137,23 @@ def _near(facts: Sequence[ImageFacts | ImageError]) -> Iterator[tuple[int, int, 
     for start in range(0, len(signs), _BLOCK):
         block = signs[start : start + _BLOCK]
         differing = (256 - block @ signs[: start + len(block)].T) / 2
-        rows, columns = np.nonzero(differing <= NEAR_BITS)
-        earlier = columns < rows + start
-        told: set[int] = set()
-        for row, column in zip(rows[earlier].tolist(), columns[earlier].tolist(), strict=True):
-            if row not in told:
-                told.add(row)
-                yield int(index[column]), int(index[row + start]), round(float(differing[row, column]))
+        for row, counts in enumerate(differing):
+            columns = np.flatnonzero(counts[: start + row] <= NEAR_BITS)[:_MOST_ALIKE]
+            if len(columns):
+                yield int(index[start + row]), {int(index[column]): round(float(counts[column])) for column in columns}
 
 
-def orphans(data: Dataset, root: Path, found: Sequence[Finding]) -> Iterator[Finding]:
-    """Yield a warning for each image file beside those of the data set that no annotation names."""
-    used = {str(Path(path).absolute()) for path in data.paths} | {str(Path(f.file).absolute()) for f in found}
-    for folder in sorted(
-        {Path(path).absolute().parent for path in data.paths if "#" not in path and "://" not in path}
-    ):
-        if not folder.is_dir() or not folder.is_relative_to(root.absolute() if root.is_dir() else folder):
+def orphans(data: Dataset, root: Path) -> Iterator[Finding]:
+    """Yield a warning for each image file beside those of the data set, in its folder, that no annotation names."""
+    local = [Path(path).absolute() for path in data.paths if "#" not in path and "://" not in path]
+    # Some formats keep an image of two splits twice.
+    used = {path.name for path in local}
+    for folder in sorted({path.parent for path in local}):
+        if not folder.is_dir() or not folder.is_relative_to(root.absolute()):
             continue
         for file in sorted(folder.iterdir()):
-            if file.suffix.lower() in EXTENSIONS and str(file) not in used and not file.name.startswith("."):
+            known = file.name in used or file.name.startswith(".")
+            if file.suffix.lower() in EXTENSIONS and not known:
                 yield Finding(
                     code="orphan-image",
                     severity="warning",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from xml.parsers import expat
 
 from detkit import remote
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 _TABLE = re.compile(r"(\w+)\[(\d+)\]")
 """How readers of JSON name a record: ``annotations[17]``."""
 _LINES = {".lst", ".csv", ".txt", ".manifest", ".jsonl"}
+
+
+Key: TypeAlias = "tuple[str, int | str]"
+"""The table and the number of a record, or ``images`` and the name of one."""
 
 
 class Position(NamedTuple):
@@ -40,7 +45,7 @@ def locate(findings: Iterable[Finding]) -> list[Finding]:
         suffix = Path(file).suffix.lower()
         here = unplaced
         if suffix in _LINES:
-            here = [replace(f, line=f.record + 1) if f.line is None and f.record is not None else f for f in unplaced]
+            here = _on_lines(file, unplaced)
         elif suffix in _READERS:
             here = _read_again(file, unplaced, _READERS[suffix])
         located += sorted(here, key=lambda f: (f.line or 0, f.column or 0, f.record or 0))
@@ -50,16 +55,13 @@ def locate(findings: Iterable[Finding]) -> list[Finding]:
 def _read_again(
     file: str,
     findings: list[Finding],
-    positions: Callable[[bytes, set[tuple[str, int]]], Mapping[tuple[str, int], Position]],
+    positions: Callable[[bytes, set[Key]], Mapping[Key, Position]],
 ) -> list[Finding]:
     wanted = {_key(f) for f in findings if f.line is None} - {None}
     if not wanted:
         return findings
     try:
-        found = positions(
-            remote.read(file) if remote.is_remote(file) else Path(file).read_bytes(),
-            {key for key in wanted if key is not None},
-        )
+        found = positions(_content(file), {key for key in wanted if key is not None})
     except (OSError, ValueError, RecursionError, expat.ExpatError):
         return findings  # the reader has said what is wrong with the file as a whole
     located = []
@@ -76,24 +78,49 @@ def _read_again(
     return located
 
 
-def _key(finding: Finding) -> tuple[str, int] | None:
-    """Return the table and number of a finding's record."""
+def _on_lines(file: str, findings: list[Finding]) -> list[Finding]:
+    """Fill in the lines of records, and of images the first line that names one."""
+    located = [replace(f, line=f.record + 1) if f.line is None and f.record is not None else f for f in findings]
+    names = {f.place for f in located if f.line is None and f.place}
+    if not names:
+        return located
+    first: dict[str, int] = {}
+    with contextlib.suppress(OSError):
+        for number, line in enumerate(_content(file).decode(errors="replace").splitlines(), start=1):
+            for name in {name for name in names if name in line}:
+                first[name] = number
+                names.discard(name)
+    return [replace(f, line=first[f.place]) if f.line is None and f.place in first else f for f in located]
+
+
+def _content(file: str) -> bytes:
+    return remote.read(file) if remote.is_remote(file) else Path(file).read_bytes()
+
+
+def _key(finding: Finding) -> Key | None:
+    """Return the table and number of a finding's record, or the name of its image."""
     if (named := _TABLE.match(finding.place)) is not None:
         return named[1], int(named[2])
-    return None if finding.record is None else ("object", finding.record)
+    if finding.record is not None:
+        return "object", finding.record
+    return ("images", finding.place) if finding.place else None
 
 
-def _of_xml(content: bytes, _wanted: set[tuple[str, int]]) -> dict[tuple[str, int], Position]:
-    """Return where each object of a VOC file begins."""
-    found: dict[tuple[str, int], Position] = {}
+def _of_xml(content: bytes, wanted: set[Key]) -> dict[Key, Position]:
+    """Return where each object of a VOC file begins, and of its image where the size is given."""
+    found: dict[Key, Position] = {}
     parser = expat.ParserCreate()
-    depth = 0
+    depth = objects = 0
+    images = [key for key in wanted if key[0] == "images"]
 
     def start(name: str, _attributes: object) -> None:
-        nonlocal depth
+        nonlocal depth, objects
+        position = Position(parser.CurrentLineNumber, parser.CurrentColumnNumber + 1)
         if depth == 1 and name == "object":
-            position = Position(parser.CurrentLineNumber, parser.CurrentColumnNumber + 1)
-            found["object", len(found)] = position
+            found["object", objects] = position
+            objects += 1
+        elif depth == 0 or (depth == 1 and name == "size"):
+            found.update(dict.fromkeys(images, position))
         depth += 1
 
     def end(_name: str) -> None:
@@ -109,7 +136,7 @@ def _of_xml(content: bytes, _wanted: set[tuple[str, int]]) -> dict[tuple[str, in
     return found
 
 
-def _of_json(content: bytes, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], Position]:
+def _of_json(content: bytes, wanted: set[Key]) -> dict[Key, Position]:
     """Return where the records wanted begin, of lists that are values of the outermost object, and their ids."""
     text = content.decode("utf-8-sig")
     decode = json.JSONDecoder().raw_decode
@@ -119,7 +146,7 @@ def _of_json(content: bytes, wanted: set[tuple[str, int]]) -> dict[tuple[str, in
     def skip(at: int) -> int:
         return blank.match(text, at).end()  # type: ignore[union-attr]
 
-    found: dict[tuple[str, int], Position] = {}
+    found: dict[Key, Position] = {}
     at = skip(0)
     if text[at : at + 1] != "{":
         return found
@@ -133,11 +160,14 @@ def _of_json(content: bytes, wanted: set[tuple[str, int]]) -> dict[tuple[str, in
             at, number = skip(at + 1), 0
             while text[at : at + 1] not in {"]", ""}:
                 record, end = decode(text, at)
-                if (key, number) in wanted:
+                keys: set[Key] = {(key, number)}
+                if isinstance(record, dict) and isinstance(record.get("file_name"), str):
+                    keys.add((key, record["file_name"]))
+                for wish in keys & wanted:
                     line = bisect.bisect_left(breaks, at)
                     column = at - (breaks[line - 1] if line else -1)
                     identity = f"id {record['id']}" if isinstance(record, dict) and "id" in record else ""
-                    found[key, number] = Position(line + 1, column, identity)
+                    found[wish] = Position(line + 1, column, identity)
                 at, number = skip(end), number + 1
             at += 1
         at = skip(at)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import detkit
 from detkit.formats.findings import Finding, count_codes
@@ -20,6 +22,15 @@ SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 def as_text(data: Dataset | None, findings: Sequence[Finding], *, everything: bool = False) -> Iterator[str]:
     """Yield lines for people: findings by severity and code, of each code the first ten unless ``everything``."""
+    return (_on_one_line(line) for line in _lines(data, findings, everything))
+
+
+def _on_one_line(text: str) -> str:
+    """Return a text without control characters, which could do anything to a terminal."""
+    return "".join(sign if sign.isprintable() or sign == " " else repr(sign)[1:-1] for sign in text)
+
+
+def _lines(data: Dataset | None, findings: Sequence[Finding], everything: bool) -> Iterator[str]:
     for severity in ("error", "warning", "note"):
         of_severity = [finding for finding in findings if finding.severity == severity]
         for code, count in count_codes(of_severity).items():
@@ -69,7 +80,8 @@ def as_github(findings: Sequence[Finding]) -> Iterator[str]:
     """
     for finding in findings:
         position = "".join(f",{n}={v}" for n, v in (("line", finding.line), ("col", finding.column)) if v is not None)
-        properties = f"file={_escaped(_relative(finding.file), ',:')}{position},title={finding.code}"
+        file = f"file={_escaped(_relative(finding.file), ',:')}{position}," if finding.file else ""
+        properties = f"{file}title={finding.code}"
         message = ": ".join(part for part in (finding.place, finding.message) if part)
         yield f"::{_GITHUB[finding.severity]} {properties}::{_escaped(message)}"
 
@@ -95,7 +107,10 @@ def as_sarif(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def _sarif_result(finding: Finding) -> Mapping[str, Any]:
-    physical: dict[str, Any] = {"artifactLocation": {"uri": _relative(finding.file) or "."}}
+    result = {"ruleId": finding.code, "level": finding.severity, "message": {"text": finding.message}}
+    if not finding.file:
+        return result
+    physical: dict[str, Any] = {"artifactLocation": {"uri": _uri(finding.file)}}
     if finding.line is not None:
         physical["region"] = {"startLine": finding.line}
         if finding.column is not None:
@@ -103,12 +118,14 @@ def _sarif_result(finding: Finding) -> Mapping[str, Any]:
     location: dict[str, Any] = {"physicalLocation": physical}
     if finding.place:
         location["logicalLocations"] = [{"fullyQualifiedName": finding.place}]
-    return {
-        "ruleId": finding.code,
-        "level": finding.severity,
-        "message": {"text": finding.message},
-        "locations": [location],
-    }
+    return {**result, "locations": [location]}
+
+
+def _uri(file: str) -> str:
+    shown = _relative(file)
+    if "://" in shown:
+        return shown
+    return Path(shown).as_uri() if os.path.isabs(shown) else quote(shown.encode(errors="surrogateescape"))  # noqa: PTH117
 
 
 def _place(finding: Finding) -> str:

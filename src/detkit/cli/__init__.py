@@ -5,6 +5,7 @@
 ``detkit --help`` loads neither numpy nor a plugin: every command imports what it needs when it runs.
 """
 
+import io
 import sys
 import warnings
 from typing import Annotated
@@ -74,6 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
     warnings.showwarning = messages.show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name may be no text
     try:
         app(words, prog_name="detkit")
     except DetkitError as error:

@@ -11,7 +11,7 @@ from detkit.cli.runs import Json
 from detkit.cli.words import sort_words
 
 _FORMATS = ("text", "json", "github", "sarif")
-_IMAGES = ("pixels", "headers", "none")
+_LOOKS = ("pixels", "headers", "none")
 
 
 def check(
@@ -28,7 +28,7 @@ def check(
     source: Annotated[
         str | None, typer.Option("--from", metavar="FORMAT", help="DATA's format; recognised if absent.")
     ] = None,
-    images: Annotated[
+    look: Annotated[
         str, typer.Option(metavar="pixels|headers|none", help="How far to look into images; pixels decodes all.")
     ] = "pixels",
     format: Annotated[str, typer.Option(metavar="text|json|github|sarif", help="How to print what is found.")] = "text",
@@ -41,7 +41,7 @@ def check(
 ) -> None:
     """Find everything that is wrong with a data set, each finding with its file, line and column.
 
-    Leaves with 1 where training would refuse the data. Images are read once and remembered until they change.
+    Leaves with 1 where there is an error. Images are read once and remembered until they change.
     """
     from detkit.checking import read_and_check, report
     from detkit.errors import InvalidValue, UsageError
@@ -51,22 +51,25 @@ def check(
     given = sort_words([*(words or []), *context.args], flags)
     if len(given.positions) != 1:
         raise UsageError(f"expected one data set, found {len(given.positions)}; type `detkit check DATA`")
-    for name, value, known in (("images", images, _IMAGES), ("format", format, _FORMATS)):
+    for name, value, known in (("look", look, _LOOKS), ("format", format, _FORMATS)):
         if value not in known:
             raise InvalidValue(name, value, f"one of {', '.join(known)}")
+    if as_json and format not in {"text", "json"}:
+        raise UsageError(f"--json and --format {format} exclude one another; give one of them")
     if html is not None and html.exists():
         raise UsageError(f"{html} exists already; nothing is overwritten, so choose another file or remove it")
     with shown(sys.stderr.isatty()):
         data, findings = read_and_check(
             given.positions[0],
-            images=images,  # type: ignore[arg-type]
+            look=look,  # type: ignore[arg-type]
             format=source,
             **given.settings,
         )
-    if html is not None and data is not None:
-        from detkit.checking.overview import write_overview
+        if html is not None:
+            from detkit.checking.overview import write_overview
 
-        write_overview(data, findings, html, title=given.positions[0])
+            write_overview(data, findings, html, title=given.positions[0])
+    if html is not None:
         messages.tell(f"page: {messages.shown(html)}")
     if as_json or format == "json":
         messages.print_json(report.as_json(data, findings))

@@ -1,6 +1,7 @@
 """``detkit convert``, ``split``, ``merge``, ``sample`` and ``remap``: from one data set on disk to another."""
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,11 +90,11 @@ def split(
         listed = ", ".join(f"{name} ({len(at)})" for name, at in data.split_indices.items())
         raise UsageError(f"{job.places[0]} came with the splits {listed}; cut it anew with --anew")
     wanted = _shares(shares or {"train": "0.64", "val": "0.16", "test": "0.2"})
-    if abs(sum(wanted.values()) - 1) > 1e-6:
+    if not abs(sum(wanted.values()) - 1) <= 1e-6:
         raise InvalidValue("shares", shares, f"numbers that sum to 1, not {sum(wanted.values()):g}")
     parts = data.split_positions(*wanted.values(), seed=seed, group_by=group_by)
     cut = {name: np.array(part, dtype=np.int64) for name, part in zip(wanted, parts, strict=True)}
-    job.write(replace(data, split_indices=cut), as_json=as_json)
+    job.write(replace(data, split_indices=cut), as_json=as_json, splitting=True)
 
 
 def merge(
@@ -106,7 +107,7 @@ def merge(
         ),
     ] = None,
     prefix: Annotated[
-        bool, typer.Option("--prefix", help="Put the name of each DATA before its images' names, where those agree.")
+        bool, typer.Option("--prefix-names", help="Put the name of each DATA before its images' names.")
     ] = False,
     source: From = None,
     to: To = None,
@@ -118,7 +119,7 @@ def merge(
 
     job = _Job.of(context, words, None, "DATA DATA... OUT", source=source, to=to, images=images)
     data = [job.read(i) for i in range(len(job.places) - 1)]
-    prefixes = [Path(place).absolute().name for place in job.places[:-1]] if prefix else None
+    prefixes = _prefixes(job.places[:-1]) if prefix else None
     job.write(merge(data, prefixes=prefixes), as_json=as_json)
 
 
@@ -209,15 +210,20 @@ class _Job:
     def read(self, i: int) -> "Dataset":
         """Read the i-th place with those settings that its format has."""
         from detkit.io import read_dataset, recognise
+        from detkit.progress import shown
 
         format = recognise(self.places[i], self._source)
         self._formats.append(format)
-        return read_dataset(self.places[i], format.name, **self._for(format.options))
+        with shown(sys.stderr.isatty()):
+            return read_dataset(self.places[i], format.name, **self._for(format.options))
 
-    def write(self, data: "Dataset", *, as_json: bool) -> None:
-        """Write to the last place and tell what came out. A setting that nobody has is refused before."""
-        from detkit.errors import UnknownName
-        from detkit.io import write_dataset
+    def write(self, data: "Dataset", *, as_json: bool, splitting: bool = False) -> None:
+        """Write to the last place and tell what came out, as it is read back.
+
+        A setting that nobody has is refused before; so is a format without splits where these are what is wanted.
+        """
+        from detkit.errors import UnknownName, UsageError
+        from detkit.io import read_dataset, write_dataset
         from detkit.plugins import formats
         from detkit.progress import shown
 
@@ -229,14 +235,38 @@ class _Job:
             both = [*self._formats, *([] if target is None else [target])]
             known = [n for f in both for n in (*_names(f.options), *_names(f.write_options))]
             raise UnknownName(f"option of {' or '.join(f.name for f in both)}", sorted(unused)[0], set(known))
-        with shown(sys.stderr.isatty() and not as_json):
+        if data.split_indices and target is not None and splitting and "split_indices" not in target.carries:
+            raise UsageError(
+                f"{name} has no splits; write another format with --to, or sample each part with `DATA:SPLIT`"
+            )
+        out = Path(self.places[-1]).absolute()
+        if any(out.is_relative_to(folder) for folder in self._folders()):
+            raise UsageError(f"{self.places[-1]} lies inside the data that is read; choose a folder beside it")
+        with shown(sys.stderr.isatty()):
             place = write_dataset(data, self.places[-1], name, images=self._images, **settings)  # type: ignore[arg-type]
-        _report(place, name, data, as_json=as_json)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what had to be assumed about data that is just written
+            written = read_dataset(place, name)
+        _report(place, name, written, as_json=as_json)
+
+    def _folders(self) -> list[Path]:
+        paths = [Path(place) for place in self.places[:-1]]
+        paths = [path if path.exists() else Path(str(path).rpartition(":")[0]) for path in paths]
+        return [path.absolute() for path in paths if path.is_dir()]
 
     def _for(self, options: Any) -> dict[str, str]:
         mine = {name: value for name, value in self._settings.items() if name in _names(options)}
         self._used |= set(mine)
         return mine
+
+
+def _prefixes(places: Sequence[str]) -> list[str]:
+    """Return a folder's name for each place, with as much of the path before it as tells them apart."""
+    parts = [[*Path(place).absolute().parts[1:-1], Path(place).name.replace(":", "-")] for place in places]
+    depth = 1
+    while depth < max(map(len, parts)) and len({tuple(part[-depth:]) for part in parts}) < len(parts):
+        depth += 1
+    return ["-".join(part[-depth:]) for part in parts]
 
 
 def _names(options: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -41,7 +42,10 @@ def print_json(value: Any, *, indent: int = 2) -> None:
     """Print one JSON value; NaN becomes null, a path its text. ``indent=-1`` keeps it on one line."""
     import msgspec
 
-    text = msgspec.json.encode(value, enc_hook=str)
+    try:
+        text = msgspec.json.encode(value, enc_hook=str)
+    except UnicodeEncodeError:  # a file name that is no text
+        text = json.dumps(value, default=str).encode()
     print(msgspec.json.format(text, indent=indent).decode(), flush=True)
 
 

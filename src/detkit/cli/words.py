@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from detkit.errors import UsageError
@@ -38,7 +39,7 @@ def sort_words(words: Iterable[str], own_flags: Iterable[str]) -> Words:
     rest = list(words)
     while rest:
         word = rest.pop(0)
-        flag, parameter = _FLAG.fullmatch(word), _PARAMETER.fullmatch(word)
+        flag, parameter = _FLAG.fullmatch(word), None if Path(word).exists() else _PARAMETER.fullmatch(word)
         if flag:
             name, value = flag[1].replace("-", "_"), flag[2]
             if value is None:

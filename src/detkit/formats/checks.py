@@ -11,6 +11,7 @@ from detkit import boxes as box_geometry
 from detkit.errors import ImageError
 from detkit.formats.findings import Finding, count_codes, image_finding, raise_errors, record_place
 from detkit.formats.imagefacts import look
+from detkit.formats.imagefiles import read_headers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,6 +84,19 @@ def prepare(data: Dataset, *, on_invalid: Literal["raise", "drop"]) -> Prepared:
         dropped=count_codes(errors),
         warnings=[*looked.findings, *findings],
     )
+
+
+def as_displayed(data: Dataset) -> Dataset:
+    """Return the data with sizes and boxes as the images are displayed, for formats that give shares of the sides.
+
+    Raises `InvalidData` for images that cannot be read, and those that have another size than the data says: whoever
+    reads such shares takes the size from the image.
+    """
+    looked = _compare(replace(data, masks=None), read_headers(data.paths))
+    raise_errors(
+        looked.findings, "boxes become shares of the images' sides here; mend the sizes, or take these images out"
+    )
+    return _turn(data, looked)
 
 
 def _no_images() -> Finding:

@@ -76,7 +76,8 @@ def read(path: Path, options: CocoOptions) -> Dataset:
     findings: list[Finding] = []
     parsed = [(split, CocoFile(file, findings)) for split, file in files]
     folders = [_images_folder(file, split, root, options.images) for split, file in parsed]
-    prefixed = len(set(folders)) > 1
+    # A split without images tells nothing about where they are.
+    prefixed = len({folder for (_, file), folder in zip(parsed, folders, strict=True) if file.file_names}) > 1
     read: list[tuple[str, Dataset]] = []
     for (split, file), folder in zip(parsed, folders, strict=True):
         prefix = folder.relative_to(root).as_posix() if prefixed and folder.is_relative_to(root) else ""
@@ -135,7 +136,7 @@ def write(data: Dataset, folder: Path, _options: Options) -> None:
 
 def _numbers(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[Any]:
     """Return nested lists with whole numbers as ints, as COCO's own files have them."""
-    if (values == np.rint(values)).all():
+    if (values == np.rint(values)).all() and (abs(values) < 2**53).all():
         whole: list[Any] = values.astype(np.int64).tolist()
         return whole
     if values.ndim == 1:

@@ -12,6 +12,7 @@ import numpy as np
 from detkit.errors import ImageError, InvalidData
 from detkit.files import inside
 from detkit.images import Header, file_of, place_image, read_header
+from detkit.progress import track
 from detkit.remote import is_remote
 
 if TYPE_CHECKING:
@@ -78,12 +79,12 @@ def place_images(data: Dataset, folder: Path) -> None:
             f"{len(missing)} of {len(data)} images are not there, for example {', '.join(missing[:3])}; "
             "nothing was written. bring them back, or write a data set without them (data.take)"
         )
-    for path, target in zip(data.paths, targets, strict=True):
+    for path, target in track(zip(data.paths, targets, strict=True), "images", total=len(targets)):
         place_image(path, target)
 
 
 def _is_plain(name: str) -> bool:
-    return name not in {"", ".", ".."} and not any(sign in name for sign in "/\\\0")
+    return name.isascii() and name not in {"", ".", ".."} and not any(sign in name for sign in "/\\\0")
 
 
 def require_finite(data: Dataset) -> None:

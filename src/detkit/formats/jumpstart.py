@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from detkit.data import Dataset, Extra
+    from detkit.data import Dataset, Extra, Flags
     from detkit.formats.findings import Finding
     from detkit.params import Options
 
@@ -94,8 +94,17 @@ def read(path: Path, options: JumpStartOptions) -> Dataset:
 
 
 def write(data: Dataset, folder: Path, _options: Options) -> None:
-    """Write ``images/``, ``annotations.json`` and ``classes.txt``. Raises `InvalidData` where a box is not finite."""
+    """Write ``images/``, ``annotations.json`` and ``classes.txt``.
+
+    Raises `InvalidData` where a box is not finite, and where so many have swapped corners that reading takes them for
+    COCO's.
+    """
     require_finite(data)
+    if _has_width_and_height(data).any():
+        raise InvalidData(
+            "boxes have their corners swapped, and would be taken for COCO's [x, y, width, height]; run `detkit check` "
+            "and mend them"
+        )
     write_class_names(data.classes, folder)
     place_images(data, folder / "images")
     content = {
@@ -209,13 +218,19 @@ def _images_folder(file: Path, names: list[str], given: str) -> Path:
     return folder
 
 
-def _refuse_width_and_height(data: Dataset, place: Place) -> None:
-    """Add an error where boxes make no sense as corners, and do as COCO's ``[x, y, width, height]``."""
+def _has_width_and_height(data: Dataset) -> Flags:
+    """Return which boxes make no sense as corners; none where they do not as COCO's ``[x, y, width, height]``, too."""
     width, height = np.repeat(data.sizes, data.boxes_per_image(), axis=0).T
     x, y, a, b = data.boxes.T
     inverted = (a < x) | (b < y)
     fits = (a >= 0) & (b >= 0) & (x + a <= width + _TOLERANCE_PX) & (y + b <= height + _TOLERANCE_PX)
-    if not inverted.any() or not fits[inverted].all() or fits.mean() < _MOST:
+    likely = inverted.any() and fits[inverted].all() and fits.mean() >= _MOST
+    return np.asarray(inverted & likely)
+
+
+def _refuse_width_and_height(data: Dataset, place: Place) -> None:
+    inverted = _has_width_and_height(data)
+    if not inverted.any():
         return
     example = int(data.records[np.flatnonzero(inverted)[0]])
     place.error(

@@ -52,7 +52,7 @@ def read(path: Path, options: ListOptions) -> Dataset:
     splits = split_names([file.stem for file in files])
     lines = [_lines(file) for file in files]
     folders = [_images_folder(some, split, root, options.images) for some, split in zip(lines, splits, strict=True)]
-    several = len(set(folders)) > 1
+    several = len({folder for folder, some in zip(folders, lines, strict=True) if any(map(str.strip, some))}) > 1
     readers = []
     for file, split, some, folder in zip(files, splits, lines, folders, strict=True):
         prefix = f"{folder.relative_to(root).as_posix()}/" if several and folder != root else ""

@@ -192,7 +192,18 @@ def leave_out_negatives(data: Dataset, negatives: Literal["raise", "drop", "dumm
 
 def turned_image(data: Dataset, i: int, header: Header) -> Finding | None:
     """Return the finding for an image whose boxes are those of the picture as EXIF turns it: MXNet does not turn it."""
-    stored = header.orientation >= 5 and (header.height, header.width) == tuple(data.sizes[i].tolist())
+    recorded, displayed = tuple(data.sizes[i].tolist()), (header.width, header.height)
+    if min(recorded) > 0 and recorded != displayed and not (header.orientation >= 5 and recorded == displayed[::-1]):
+        return Finding(
+            code="wrong-size",
+            severity="error",
+            message=f"the annotation says {recorded[0]}x{recorded[1]}, the image is {header.width}x{header.height}, "
+            "and boxes become shares of its sides; mend the size",
+            file=data.sources[i] or data.paths[i],
+            image=i,
+            place=data.image_ids[i],
+        )
+    stored = header.orientation >= 5 and recorded == displayed[::-1]
     if header.orientation == 1 or (stored and header.width != header.height):
         return None
     return Finding(
@@ -212,6 +223,13 @@ def write_labels(data: Dataset, *, difficult: bool) -> list[list[float]]:
         unknown = data.image_ids[int(np.flatnonzero((data.sizes <= 0).any(axis=1))[0])]
         raise InvalidData(f"{unknown}: its size is not known, and corners are shares of it; give width and height")
     sides = np.tile(data.sizes, 2).repeat(data.boxes_per_image(), axis=0)
+    far = np.flatnonzero((abs(data.boxes) > _LARGEST_SHARE * sides).any(axis=1))
+    if len(far):
+        image = int(np.searchsorted(data.offsets, far[0], side="right")) - 1
+        raise InvalidData(
+            f"{data.image_ids[image]}: {len(far)} box(es) lie further out than an image's whole size, and would be "
+            "read as pixels; run `detkit check` and mend them"
+        )
     columns = [data.labels[:, None], data.boxes / sides, *([data.difficult[:, None]] if difficult else [])]
     objects = np.concatenate(columns, axis=1, dtype=np.float64)
     width = objects.shape[1]

@@ -28,8 +28,9 @@ from detkit.formats.mxlabels import (
     write_labels,
 )
 from detkit.formats.rows import FLOAT32, write_class_names
-from detkit.formats.splits import parts, split_names
+from detkit.formats.splits import containers, parts, split_names
 from detkit.params import Options
+from detkit.progress import track
 from detkit.recordio import LARGEST, MAGIC, RecordWriter, pack, read_index, read_labels
 
 if TYPE_CHECKING:
@@ -164,13 +165,20 @@ def write(data: Dataset, folder: Path, options: RecordWriteOptions) -> None:
     write_class_names(data.classes, folder)
     index = {image_id: i for i, image_id in enumerate(data.image_ids)}
     findings: list[Finding] = []
-    packed = 0
-    for split, part in parts(data).items():
+    packed, put_together = 0, containers(data.split_indices)
+    if put_together:
+        warnings.warn(
+            f"{', '.join(sorted(put_together))}: all of it is in other splits, and images are packed once; it is left "
+            "out",
+            DetkitWarning,
+            stacklevel=3,
+        )
+    for split, part in parts(data, leave_out=put_together).items():
         labels = write_labels(part, difficult=options.difficult)
         target = folder / f"{split or 'train'}.rec"
         with target.open("wb", buffering=_BUFFER) as file, target.with_suffix(".idx").open("wb") as index_file:
             writer = RecordWriter(file, index_file)
-            for i, label in enumerate(labels):
+            for i, label in track(enumerate(labels), f"pack {split}", total=len(labels)):
                 content = _content(part, i, findings)
                 if content and not findings:
                     writer.write(index[part.image_ids[i]], pack(label, index[part.image_ids[i]], content))

@@ -13,7 +13,9 @@ from detkit.errors import InvalidData
 from detkit.formats.findings import Finding, raise_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from detkit.data import Indices
 
 UNSPLIT = "unsplit"
 """Name of the file with the images of no split; it is not a split itself."""
@@ -36,6 +38,17 @@ def _split_name(stem: str) -> str:
     return name.strip("_-. ") or "annotations"
 
 
+def containers(splits: Mapping[str, Indices]) -> set[str]:
+    """Return the splits that only put others together, as trainval does train and val."""
+    members = {name: frozenset(at.tolist()) for name, at in splits.items()}
+    found: set[str] = set()
+    for name, whole in members.items():
+        inner = [other for key, other in members.items() if key != name and other < whole]
+        if inner and frozenset().union(*inner) == whole:
+            found.add(name)
+    return found
+
+
 def require_split_names(data: Dataset) -> None:
     """Raise `InvalidData` where a split's name cannot be that of a file that is read back under the same name."""
     for name in data.split_indices:
@@ -48,16 +61,16 @@ def require_split_names(data: Dataset) -> None:
             raise InvalidData(f"a split {name!r} would be read back as {back!r}; rename it")
 
 
-def parts(data: Dataset) -> dict[str, Dataset]:
+def parts(data: Dataset, *, leave_out: Collection[str] = ()) -> dict[str, Dataset]:
     """Return what goes into each file: each split, and what is in none; everything under ``""`` where there are none.
 
-    A single file would be read as data without splits, so there are always two. Raises `InvalidData` for a split whose
-    name cannot be that of a file.
+    Splits to ``leave_out`` are those whose images are in others, too. A single file would be read as data without
+    splits, so there are always two. Raises `InvalidData` for a split whose name cannot be that of a file.
     """
     if not data.split_indices:
         return {"": data}
     require_split_names(data)
-    found = dict(data.splits)
+    found = {name: part for name, part in data.splits.items() if name not in leave_out}
     rest = np.setdiff1d(np.arange(len(data)), np.concatenate(list(data.split_indices.values())))
     if len(rest) or len(found) == 1:
         found[UNSPLIT] = data.take(rest)

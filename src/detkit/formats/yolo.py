@@ -19,6 +19,7 @@ from msgspec import Meta
 from detkit.errors import DetkitWarning, InvalidData
 from detkit.files import inside
 from detkit.formats import Format
+from detkit.formats.checks import as_displayed
 from detkit.formats.findings import raise_errors
 from detkit.formats.imagefiles import LARGEST_SIDE, place_images, require_finite
 from detkit.formats.rows import CLASS_FILE, Rows, read_class_names
@@ -196,13 +197,14 @@ def write(data: Dataset, folder: Path, _options: Options) -> None:
     """Write ``data.yaml``, images and labels, in a folder for each split where no image is in two.
 
     Otherwise, all images lie in one folder, and a list names those of each split. Raises `InvalidData` for an image
-    that YOLO's readers would not find, and a box far beyond its image.
+    that YOLO's readers would not find, one that has another size than the data says, and a box far beyond its image.
     """
     import yaml
 
     require_finite(data)
     require_split_names(data)
     _require_names(data)
+    data = as_displayed(data)
     pieces = parts(data)
     apart = sum(map(len, pieces.values())) == len(data)
     places: dict[str, str] = {}
@@ -250,8 +252,6 @@ def _require_names(data: Dataset) -> None:
 def _lines(data: Dataset, image: int) -> Iterator[str]:
     rows = slice(int(data.offsets[image]), int(data.offsets[image + 1]))
     width, height = data.sizes[image].tolist()
-    if min(width, height) <= 0:
-        raise InvalidData(f"{data.image_ids[image]}: its size is not known, which shares of its sides need")
     x0, y0, x1, y1 = data.boxes[rows].T
     shares = np.stack([(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height], axis=1)
     if len(shares) and (shares.min() < -_SLACK or shares.max() > 1 + _SLACK):
