@@ -250,3 +250,70 @@ def test_broken_transfer_leaves_nothing(s3: Any, bucket: str, data: Dataset, mon
     with pytest.raises(StorageError, match="the line is dead"):
         write_dataset(data, f"s3://{bucket}/out", "coco")
     assert keys(s3, bucket) == []
+
+
+def test_interrupted_upload_leaves_nothing(
+    s3: Any, bucket: str, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s3fs import S3FileSystem
+
+    original = S3FileSystem.put_file
+    names: list[str] = []
+
+    def interrupted(self: Any, path: str, target: str, *rest: Any, **more: Any) -> Any:
+        names.append(target)
+        if target.endswith(".yaml"):
+            raise KeyboardInterrupt
+        return original(self, path, target, *rest, **more)
+
+    monkeypatch.setattr(S3FileSystem, "put_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(data, f"s3://{bucket}/out", "yolo")
+    assert names[-1].endswith("data.yaml"), "what makes it a data set comes last"
+    assert keys(s3, bucket) == []
+
+
+def test_a_pack_that_changes_there_changes_nothing_here(
+    s3: Any, bucket: str, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s3fs import S3FileSystem
+
+    with pytest.warns(UserWarning, match="file names"):
+        put(s3, bucket, write_dataset(data.take([0, 1]), tmp_path / "one", "recordio"), "packs")
+        earlier = read_dataset(f"s3://{bucket}/packs")
+        before = earlier[0].image()
+        put(s3, bucket, write_dataset(data.take([2, 3]), tmp_path / "two", "recordio"), "packs")
+    S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(remote, "_FRESH_S", -1.0)
+    later = read_dataset(f"s3://{bucket}/packs")
+    assert np.array_equal(earlier[0].image(), before)
+    assert np.array_equal(later[0].image(), data[2].image())
+
+
+def test_reads_within_one_another(s3: Any, bucket: str, data: Dataset, tmp_path: Path) -> None:
+    put(s3, bucket, write_dataset(data, tmp_path / "out", "yolo"), "data")
+    url = f"s3://{bucket}/data"
+    with remote.mirrored(url, lambda name: name.endswith((".jpg", ".png"))) as mirror:
+        assert len(read_dataset(url)) == len(data)
+        assert remote.origin(f"{mirror.path}/images/x.jpg") == f"{url}/images/x.jpg"
+
+
+def test_a_folder_that_is_gone_there_is_gone_here(s3: Any, bucket: str, data: Dataset, tmp_path: Path) -> None:
+    from s3fs import S3FileSystem
+
+    put(s3, bucket, write_dataset(data, tmp_path / "out", "coco"), "data")
+    s3.put_object(Bucket=bucket, Key="data/images/old/more/a.txt", Body=b"x")
+    url = f"s3://{bucket}/data"
+    for there in (True, False):
+        with remote.mirrored(url, lambda name: name.endswith((".jpg", ".png"))) as mirror:
+            assert (mirror.path / "images/old").is_dir() == there
+        s3.delete_object(Bucket=bucket, Key="data/images/old/more/a.txt")
+        S3FileSystem.clear_instance_cache()
+
+
+def test_a_missing_image_is_named(s3: Any, bucket: str, data: Dataset, tmp_path: Path) -> None:
+    put(s3, bucket, write_dataset(data, tmp_path / "out", "coco"), "data")
+    there = read_dataset(f"s3://{bucket}/data")
+    s3.delete_object(Bucket=bucket, Key=f"data/images/{data.image_ids[3]}")
+    with pytest.raises(InvalidData, match=f"cannot read image s3://{bucket}/data/images/{data.image_ids[3]}"):
+        write_dataset(there, tmp_path / "here", "voc")

@@ -123,6 +123,10 @@ class Dataset:
                     f"{row.path}: boxes of shape {np.shape(row.boxes)} for {len(row.names)} names; "
                     f"expected ({len(row.names)}, 4)"
                 )
+            for name in ("difficult", "crowd", "area", "masks", "box_extra", "records"):
+                column_of_row = getattr(row, name)
+                if column_of_row is not None and len(column_of_row) != len(row.names):
+                    raise InvalidData(f"{row.path}: {len(column_of_row)} {name} for {len(row.names)} names")
 
         def column(name: str, default: Any, dtype: Any) -> Any:
             parts = [getattr(row, name) for row in rows]
@@ -215,7 +219,10 @@ class Dataset:
 
         ``keep_splits`` leaves each in the splits it was in, those gone that nothing is left of; else there are none.
         """
-        chosen = np.fromiter(indices, dtype=np.int64)
+        chosen = np.array(indices if isinstance(indices, np.ndarray) else list(indices))
+        if chosen.dtype == bool:
+            raise InvalidValue("indices", "a mask", "indices of images; np.flatnonzero(mask) makes them of a mask")
+        chosen = chosen.astype(np.int64)
         counts = self.boxes_per_image()[chosen]
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         rows = np.repeat(self.offsets[chosen] - offsets[:-1], counts) + np.arange(offsets[-1])

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from detkit import remote
 from detkit.errors import BrokenRecord, ImageError
@@ -26,6 +26,16 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff
 """Lower-case file name endings that are looked for in folders of images."""
 
 _EXIF_ORIENTATION = 0x0112
+_METHODS = {
+    2: PillowImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PillowImage.Transpose.ROTATE_180,
+    4: PillowImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PillowImage.Transpose.TRANSPOSE,
+    6: PillowImage.Transpose.ROTATE_270,
+    7: PillowImage.Transpose.TRANSVERSE,
+    8: PillowImage.Transpose.ROTATE_90,
+}
+"""How each orientation is undone, as `PIL.ImageOps.exif_transpose` does, which fails on damaged EXIF data."""
 
 
 class Header(NamedTuple):
@@ -88,8 +98,9 @@ def read_image(source: str | Path | bytes, name: str = "") -> Image:
 def to_array(image: PillowImage.Image, name: str = "<image>") -> Image:
     """Convert an opened Pillow image the way `read_image` does."""
     image.load()
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    method = _METHODS.get(_orientation(image))
+    if method is not None:
+        image = image.transpose(method)
     if image.mode in {"I", "I;16", "I;16B", "I;16L"}:
         deep = np.asarray(image, dtype=np.int64)
         if deep.min(initial=0) < 0 or deep.max(initial=0) > 0xFFFF:
@@ -123,7 +134,10 @@ def place_image(source: str, target: str | Path) -> None:
     Raises `StorageError` or `OSError`, and `ImageError` where an image in a pack or at a URL cannot be read.
     """
     if remote.is_remote(source):
-        remote.place(source, Path(target))
+        try:
+            remote.place(source, Path(target))
+        except OSError as error:
+            raise ImageError(source, _why(error)) from error
     elif packed(source) is None:
         place(source, target)
     else:

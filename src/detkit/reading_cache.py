@@ -41,6 +41,8 @@ LARGEST = LIMIT // 4
 """Bytes of one data set that are kept at most."""
 
 _MOST_FILES = 2_000_000
+_DESCRIPTIONS = {".yaml", ".yml"}
+"""Files that describe the folder they lie in, whose whole tree is read."""
 _UNSETTLED_S = 2.0
 """The coarsest clock of a file system, that of FAT."""
 _ARRAYS = ("sizes", "offsets", "boxes", "labels", "difficult", "crowd", "area", "records")
@@ -124,8 +126,10 @@ def reading(
     code = sorted({os.path.dirname(getattr(sys.modules[r.__module__], "__file__", "") or "") for r in readers})  # noqa: PTH120
     try:
         listed = [[e.name, e.stat().st_size, e.stat().st_mtime_ns] for at in code for e in _entries(at, ".py")]
+        named = {str(value): os.path.abspath(value) for value in options.values() if isinstance(value, (str, Path))}
+        noted = {n: [at, os.stat(at).st_mtime_ns] for n, at in named.items() if os.path.exists(at)}  # noqa: PTH110, PTH116
         key = json.dumps(
-            [detkit.__version__, listed, str(path), os.path.abspath(path), format, sorted(options.items())]
+            [detkit.__version__, listed, str(path), os.path.abspath(path), format, sorted(options.items()), noted]
         )
     except (OSError, TypeError, ValueError):
         return None
@@ -250,6 +254,9 @@ def _state(path: Path, data: Dataset) -> _State:
     if path.is_dir():
         state.note_tree(str(path))
         covered = f"{path}/"
+    elif path.suffix.lower() in _DESCRIPTIONS:
+        state.note_tree(str(path.absolute().parent))
+        covered = f"{path.absolute().parent}/"
     else:
         # Readers look beside a file and one folder up for images, class names and lists.
         sample = data.image_ids[:: max(1, len(data) // 8)]  # as readers do that look for the folder of the images

@@ -12,7 +12,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import shutil
 import tempfile
+import threading
 import time
 from contextvars import ContextVar
 from pathlib import Path
@@ -32,9 +35,17 @@ _FRESH_S = 60.0
 """So long a file that was looked up is taken for unchanged."""
 _BATCH = 256
 """Files that are asked for together."""
+LIMIT = 20_000_000_000
+"""Bytes of all copies that are kept; beyond, those go that were fetched first."""
+_ANNOTATIONS = (
+    *(".json", ".jsonl", ".manifest", ".xml", ".txt", ".csv", ".lst", ".rec", ".idx", ".yaml", ".yml", ".names"),
+)
+_LARGEST_OTHER = 16_000_000
+"""Bytes of a file of another kind; a larger one is a model or an archive, and no annotation."""
 
-_mirrors: dict[str, str] = {}
-"""Local folders whose empty image files stand for those at a URL."""
+_mirrors: dict[str, tuple[str, int]] = {}
+"""Local folders whose empty image files stand for those at a URL, and how many are reading them."""
+_lock = threading.RLock()
 _looked_up: dict[str, tuple[float, Path]] = {}
 
 
@@ -49,7 +60,7 @@ def is_remote(place: str | Path) -> bool:
 
 def origin(place: str) -> str:
     """Return the URL that a place stands for: itself, or that of an image's empty stand-in in a mirror."""
-    for root, url in _mirrors.items():
+    for root, (url, _) in list(_mirrors.items()):
         if place.startswith(root) and packed(place) is None:
             return url + place[len(root) :]
     return place
@@ -96,11 +107,16 @@ class Mirror(NamedTuple):
     root: Path
     url: str
     """What `root` stands for."""
+    there: str
+    """The same, as its file system says it."""
 
     def place(self, path: str) -> str:
-        """Return the URL of a place below `root`; others, and packs that were fetched whole, stay as they are."""
+        """Return the URL of a place below `root`, of an image in a pack the copy of that pack; others stay."""
+        where = packed(path)
+        if where is not None:
+            return f"{os.path.realpath(where[0])}#{where[1]}"
         root = f"{self.root}/"
-        return f"{self.url}/{path[len(root) :]}" if path.startswith(root) and packed(path) is None else path
+        return f"{self.url}/{path[len(root) :]}" if path.startswith(root) else path
 
     def told(self, text: str) -> str:
         """Return a text that names URLs where it named files of the mirror."""
@@ -129,39 +145,73 @@ def mirrored(url: str, is_image: Callable[[str], bool]) -> Iterator[Mirror]:
     versions = {}
     for name, info in listed.items():
         relative = name[len(top) :].lstrip("/")
-        if relative and not relative.endswith("/"):
-            inside(relative)
+        if not relative or relative.endswith("/"):
+            continue
+        inside(relative)
+        known = is_image(relative) or relative.lower().endswith(_ANNOTATIONS)
+        if known or (info.get("size") or 0) <= _LARGEST_OTHER:
             versions[relative] = _version(info)
-    _refresh(files, top, root, versions, is_image)
-    found = Mirror(root / path[len(top) :].strip("/"), root, f"{base}://{top}")
-    _mirrors[f"{root}/"] = f"{found.url}/"
+    found = Mirror(root / path[len(top) :].strip("/"), root, f"{base}://{top}", top)
+    key = f"{root}/"
+    with _lock:
+        _refresh(files, found, versions, is_image)
+        _mirrors[key] = f"{found.url}/", _mirrors.get(key, ("", 0))[1] + 1
     try:
         yield found
     finally:
-        del _mirrors[f"{root}/"]
+        with _lock:
+            url_there, users = _mirrors.pop(key)
+            if users > 1:
+                _mirrors[key] = url_there, users - 1
 
 
-def _refresh(files: Any, top: str, root: Path, versions: Mapping[str, str], is_image: Callable[[str], bool]) -> None:
-    """Bring a mirror up to date."""
+def _refresh(files: Any, mirror: Mirror, versions: Mapping[str, str], is_image: Callable[[str], bool]) -> None:
+    """Bring a mirror up to date; each file is replaced whole, and whoever has it open keeps what it was."""
+    root = mirror.root
     root.mkdir(parents=True, exist_ok=True)
+    _shrink(_cache() / "remote")
     listing = root / _LISTING
     known: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(listing.read_bytes())
     for name in known.keys() - versions.keys():
         (root / name).unlink(missing_ok=True)
-    changed = [n for n, version in versions.items() if known.get(n) != version or not (root / n).is_file()]
-    wanted = [name for name in changed if not is_image(name)]
+        for folder in (root / name).parents:
+            if folder == root or any(folder.iterdir()):
+                break
+            folder.rmdir()
+    changed = [n for n, version in versions.items() if known.get(n) != version or not (root / n).exists()]
     for name in changed:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         if is_image(name):
             (root / name).touch()
+        elif name.lower().endswith(".rec"):
+            # Of a pack, older copies are kept, as images of data sets that are in use lie in them.
+            with _explained(f"{mirror.url}/{name}"):
+                link = root / f"{name}.{secrets.token_hex(4)}"
+                link.symlink_to(local(f"{mirror.url}/{name}"))
+                os.replace(link, root / name)
+    wanted = [name for name in changed if not is_image(name) and not name.lower().endswith(".rec")]
     batches = [wanted[i : i + _BATCH] for i in range(0, len(wanted), _BATCH)]
     for batch in track(batches, "fetching", total=len(batches)):
-        with _explained(f"{files.protocol}://{top}"):
-            files.get([f"{top}/{name}" for name in batch], [str(root / name) for name in batch])
+        with _explained(mirror.url), tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as fetched:
+            places = [str(Path(fetched) / str(i)) for i in range(len(batch))]
+            files.get([f"{mirror.there}/{name}" for name in batch], places)
+            for name, place in zip(batch, places, strict=True):
+                os.replace(place, root / name)
     with atomic_write(listing) as file:
         file.write(json.dumps(versions).encode())
+
+
+def _shrink(folder: Path) -> None:
+    """Remove the copies that were not fetched or used for longest, where all of them are too much."""
+    kept = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob("*/*") if file.is_file())
+    total = sum(size for _, size, _ in kept)
+    for _, size, file in kept:
+        if total <= LIMIT:
+            return
+        file.unlink(missing_ok=True)
+        total -= size
 
 
 _copies: ContextVar[dict[str, str] | None] = ContextVar("_copies", default=None)
@@ -175,12 +225,7 @@ def place(url: str, target: Path) -> None:
         target.touch()
         copies[str(target)] = url
         return
-    copy = local(url)
-    try:
-        os.link(copy, target)
-    except OSError:
-        with atomic_write(target) as file:
-            file.write(copy.read_bytes())
+    shutil.copyfile(local(url), target)  # a link would let changes to it into the cache
 
 
 @contextlib.contextmanager
@@ -201,7 +246,8 @@ def uploading(staged: Path, url: str, is_image: Callable[[str], bool]) -> Iterat
     finally:
         _copies.reset(token)
     found = sorted(str(file.relative_to(staged)) for file in staged.rglob("*") if file.is_file())
-    ordered = sorted(found, key=lambda name: not is_image(name))
+    # What readers look for first lies at the top, and is written last.
+    ordered = sorted(found, key=lambda name: (not is_image(name), -name.count("/"), name))
     written: list[str] = []
     try:
         for name in track(ordered, "writing", total=len(ordered)):
@@ -215,10 +261,12 @@ def uploading(staged: Path, url: str, is_image: Callable[[str], bool]) -> Iterat
                 files.cp_file(there, target)
             else:
                 files.put_file(str(local(copies[source])), target)
-    except Exception as error:
+    except BaseException as error:
         for target in written:
             with contextlib.suppress(Exception):
                 files.rm_file(target)
+        if not isinstance(error, Exception):
+            raise
         raise StorageError(url, str(error)) from error
 
 
@@ -260,5 +308,12 @@ def _explained(url: str) -> Iterator[None]:
 
 def _version(info: Mapping[str, Any]) -> str:
     """Return what changes when a file does: its tag, else its time, and its size."""
-    tag = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(key)), "")
-    return f"{tag} {info.get('size')}"
+    tag = next((info[key] for key in _MARKS if info.get(key)), None)
+    # Where nothing tells, it may have changed at any time.
+    return f"{time.time_ns() if tag is None else tag} {info.get('size')}"
+
+
+_MARKS = (
+    *("ETag", "etag", "content_hash", "Content-MD5", "md5Hash", "LastModified", "last_modified", "updated", "mtime"),
+    *("modify", "created"),
+)

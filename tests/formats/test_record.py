@@ -316,12 +316,29 @@ def test_images_that_mxnet_does_not_turn(tmp_path: Path, name: str) -> None:
         warnings.simplefilter("ignore", DetkitWarning)
         folder = write_dataset(stored, tmp_path / "out", name)
     back = read_dataset(folder)
-    assert back.sizes.tolist() == [[60, 20]]
-    assert back.boxes.tolist() == box.tolist()
-    ready = prepare(back, on_invalid="raise")
-    assert [finding.code for finding in ready.warnings] == ["turned-boxes"]
-    assert ready.data.sizes.tolist() == [[20, 60]]
-    assert ready.data.boxes.tolist() == [[2, 2, 18, 10]]
+    assert back.sizes.tolist() == [[20, 60]], "they are turned along when they are read"
+    assert back.boxes.tolist() == [[2, 2, 18, 10]]
+    assert prepare(back, on_invalid="raise").warnings == []
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_boxes_of_a_list_turn_with_their_image(tmp_path: Path, orientation: int) -> None:
+    """Whatever EXIF does, also to a square, the box stays on the white spot."""
+    for name, (width, height) in {"square.jpg": (40, 40), "long.jpg": (60, 40)}.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture = np.zeros((height, width, 3), dtype=np.uint8)
+        picture[4:12, 8:16] = 255
+        Image.fromarray(picture).save(tmp_path / name, exif=exif, quality=100)
+    shares = {"square.jpg": (8 / 40, 4 / 40, 16 / 40, 12 / 40), "long.jpg": (8 / 60, 4 / 40, 16 / 60, 12 / 40)}
+    lines = [f"{i}\t2\t5\t0\t" + "\t".join(map(repr, box)) + f"\t{n}\n" for i, (n, box) in enumerate(shares.items())]
+    (tmp_path / "train.lst").write_text("".join(lines))
+    (tmp_path / "classes.txt").write_text("spot\n")
+    for sample in read_dataset(tmp_path / "train.lst"):
+        x0, y0, x1, y1 = sample.boxes[0].astype(int)
+        assert (x1 - x0, y1 - y0) == (8, 8)
+        assert sample.image()[y0:y1, x0:x1].mean() > 200
+        assert (sample.width, sample.height) == sample.image().shape[1::-1]
 
 
 def test_an_image_in_two_splits(sound: detkit.Dataset, tmp_path: Path) -> None:

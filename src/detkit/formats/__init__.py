@@ -40,6 +40,8 @@ class Format:
     """Typed writing options; all have defaults. One called like a column, and true, says that it is carried."""
     carries: frozenset[str] = frozenset({"image_ids"})
     """Columns beyond boxes and names that survive writing and reading: some of `COLUMNS`."""
+    carries_image_key: Callable[[str, Any], bool] = lambda key, value: True
+    """Of a format that carries ``extra``: whether a key of an image and its value survive."""
     carries_key: Callable[[str, Any], bool] = lambda key, value: True
     """Of a format that carries ``box_extra``: whether a key of an object and its value survive."""
 
@@ -56,8 +58,9 @@ class Format:
             "splits": 0 if "split_indices" in carried else len(data.split_indices),
         }
         keys: Counter[str] = Counter()
-        for extra, count in _distinct(() if "extra" in carried else data.extra or ()):
-            keys.update(dict.fromkeys(extra, count))
+        for extra, count in _distinct(data.extra or ()):
+            lost_keys = [k for k, v in extra.items() if "extra" not in carried or not self.carries_image_key(k, v)]
+            keys.update(dict.fromkeys(lost_keys, count))
         for extra, count in _distinct(data.box_extra or ()):
             lost_keys = [k for k, v in extra.items() if "box_extra" not in carried or not self.carries_key(k, v)]
             keys.update(dict.fromkeys(lost_keys, count))

@@ -21,6 +21,7 @@ from detkit.data import Dataset, Extra
 from detkit.errors import InvalidData
 from detkit.files import inside
 from detkit.formats import Format
+from detkit.formats.cococolumns import KNOWN, KNOWN_OF_IMAGE
 from detkit.formats.cocojson import CocoFile
 from detkit.formats.findings import Finding
 from detkit.formats.imagefiles import folder_of, place_images, require_finite
@@ -200,6 +201,8 @@ FORMAT = Format(
     read=read,
     write=write,
     options=CocoOptions,
+    carries_key=lambda key, _: key not in KNOWN,
+    carries_image_key=lambda key, _: key not in KNOWN_OF_IMAGE,
     carries=frozenset(
         {"image_ids", "classes", "difficult", "crowd", "area", "masks", "extra", "box_extra", "split_indices"}
     ),

@@ -120,12 +120,14 @@ def _find(path: Path) -> list[Path]:
     """Return the lists; beside one, an empty file and one called like a split count, too."""
     if path.is_file():
         return [path] if path.suffix.lower() == ".txt" and _is_list(path) else []
-    files = sorted(islice((file for file in path.glob("*.txt") if file.name != CLASS_FILE), _MOST_FILES))
-    files = [file for file in files if file.is_file()]
+    files = sorted(file for file in path.glob("*.txt") if file.name != CLASS_FILE and file.is_file())
+    if len(files) > _MOST_FILES and not any(map(_is_list, files[:_MOST_FILES])):
+        return []  # labels of something else
     found = [file for file in files if _is_list(file)]
     if not found:
         return []
-    return [f for f in files if f in found or f.stem.lower() in SPLIT_FOLDERS or not f.stat().st_size]
+    ours = (path / "bboxes").is_dir()  # there an empty file is an empty split of any name
+    return [f for f in files if f in found or f.stem.lower() in SPLIT_FOLDERS or (ours and not f.stat().st_size)]
 
 
 def _is_list(file: Path) -> bool:

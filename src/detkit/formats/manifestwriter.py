@@ -63,6 +63,7 @@ def write(data: Dataset, folder: Path, options: ManifestWriteOptions) -> None:
         raise InvalidValue("label", label, expected)
     if prefix and not (in_s3(prefix) and prefix.removeprefix("s3://").split("/")[0]):
         raise InvalidValue("prefix", options.prefix, "expected s3://BUCKET/FOLDER")
+    _require_free_label(data, options.label)
     require_finite(data)
     found = {f"{name or 'output'}.manifest": part for name, part in parts(data).items()}
     here = [i for i, path in enumerate(data.paths) if not in_s3(path)]
@@ -86,6 +87,14 @@ def write(data: Dataset, folder: Path, options: ManifestWriteOptions) -> None:
                 DetkitWarning,
                 stacklevel=3,
             )
+
+
+def _require_free_label(data: Dataset, label: str) -> None:
+    taken = sum(label in extra or f"{label}-metadata" in extra for extra in data.extra or ())
+    if taken:
+        raise InvalidValue(
+            "label", label, f"{taken} image(s) keep another label of that name; choose one for the boxes written now"
+        )
 
 
 def _line(data: Dataset, i: int, label: str, root: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from msgspec import Meta
 
-from detkit.boxes import Boxes, area
+from detkit.boxes import Boxes, area, orient
 from detkit.data import Dataset, Extra
 from detkit.errors import ImageError, InvalidData
 from detkit.formats.findings import Finding, image_finding
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from detkit.data import Indices
+    from detkit.images import Header
 
 FLOAT32, SIX_DECIMALS = 2.0**-22, 0.6e-6
 """How far a normalised coordinate may lie from the whole pixel that it stands for, as a share of the image's side: the
@@ -47,13 +48,14 @@ class Rows:
     """Collects images, each followed by its boxes; `dataset` makes columns of them.
 
     ``normalised`` is for boxes given as shares of the image's sides: one of `FLOAT32` and `SIX_DECIMALS`. ``stored``
-    says that boxes are those of the pixels as the file has them, which EXIF may turn: sizes are those, too.
+    says that boxes are those of the pixels as the file has them; where EXIF turns an image, they are turned along.
     """
 
     def __init__(self, findings: list[Finding], *, normalised: float | None = None, stored: bool = False) -> None:
         self.findings = findings
         self._normalised = normalised
         self._stored = stored
+        self._turned: dict[int, Header] = {}
         self._image_ids: list[str] = []
         self._paths: list[str] = []
         self._sources: list[str] = []
@@ -125,6 +127,8 @@ class Rows:
         if self._normalised is not None:
             tolerances = np.where(np.frombuffer(bytes(self._exact), dtype=bool), 0.0, self._normalised)
             boxes = to_pixels(boxes, sizes[owner], tolerances[:, None])
+        offsets = np.concatenate([[0], np.cumsum(self._counts)]).astype(np.int64)
+        self._turn(boxes, sizes, offsets)
         areas = area(boxes)
         masks: list[Any] = [None] * len(boxes)
         for row, polygon in self._polygons.items():
@@ -138,7 +142,7 @@ class Rows:
             image_ids=tuple(f"{i}" if not usable[i] else name for i, name in enumerate(self._image_ids)),
             paths=tuple(self._paths),
             sizes=sizes,
-            offsets=np.concatenate([[0], np.cumsum(self._counts)]).astype(np.int64),
+            offsets=offsets,
             boxes=boxes,
             labels=np.where(named, labels, 0),
             difficult=np.frombuffer(bytes(self._difficult), dtype=bool),
@@ -172,9 +176,18 @@ class Rows:
                 readable[i] = False
                 self.findings.append(image_finding(header, None, self._sources[i], self._image_ids[i]))
             else:
-                turned = self._stored and header.orientation >= 5
-                sizes[i] = (header.height, header.width) if turned else (header.width, header.height)
+                swapped = self._stored and header.orientation >= 5
+                sizes[i] = (header.height, header.width) if swapped else (header.width, header.height)
+                if self._stored and header.orientation != 1:
+                    self._turned[i] = header
         return readable
+
+    def _turn(self, boxes: Boxes, sizes: Indices, offsets: Indices) -> None:
+        """Move boxes drawn on stored pixels to where EXIF shows them."""
+        for i, header in self._turned.items():
+            rows = slice(int(offsets[i]), int(offsets[i + 1]))
+            boxes[rows] = orient(boxes[rows], header.orientation, *sizes[i].tolist())
+            sizes[i] = header.width, header.height
 
     def _known_labels(
         self, labels: Indices, owner: Indices, classes: Sequence[str]

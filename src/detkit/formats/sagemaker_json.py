@@ -6,7 +6,6 @@ split. ``categories`` may be missing; then the names come from ``classes.txt`` o
 
 from __future__ import annotations
 
-import filecmp
 import posixpath
 import warnings
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from detkit import images
 from detkit.errors import DetkitWarning, InvalidData
 from detkit.files import inside
 from detkit.formats import Format
@@ -257,7 +257,7 @@ def _share_a_name(parts: Sequence[Dataset]) -> bool:
 
 
 def _same_picture(one: str, other: str) -> bool:
-    return Path(one).samefile(other) or filecmp.cmp(one, other, shallow=False)
+    return Path(one).samefile(other) or images.read_bytes(one) == images.read_bytes(other)
 
 
 FORMAT = Format(

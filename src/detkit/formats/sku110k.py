@@ -121,7 +121,9 @@ def _find(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if _is_table(path) else []
     for folder in (path / "annotations", path):
-        files = sorted(islice(folder.glob("*.csv"), _MOST_FILES)) if folder.is_dir() else []
+        files = sorted(folder.glob("*.csv")) if folder.is_dir() else []
+        if len(files) > _MOST_FILES and not any(map(_is_table, files[:_MOST_FILES])):
+            continue  # some other kind of data
         found = [file for file in files if _is_table(file)]
         if found:
             # One with nothing right in it is read all the same, if it is called like the others.

@@ -133,4 +133,6 @@ def _join(named: Sequence[tuple[str, Dataset]]) -> tuple[Dataset | None, list[Fi
 
 def _alike(a: Dataset, i: int, b: Dataset, j: int) -> bool:
     one, other = a[i], b[j]
-    return one.names == other.names and np.array_equal(one.boxes, other.boxes)
+    same = one.names == other.names and one.masks == other.masks and one.box_extra == other.box_extra
+    columns = ("boxes", "difficult", "crowd", "area")
+    return same and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in columns)

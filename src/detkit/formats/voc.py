@@ -320,7 +320,13 @@ def _splits(layout: _Layout, image_ids: list[str], found: Objects) -> dict[str, 
             for (number, entry), i in zip(entries, known, strict=True)
             if i is None
         ]
-        splits[file.stem] = [i for i in known if i is not None]
+        first: dict[int, int] = {}
+        found.findings += [
+            xml_error("listed-twice", str(file), f"{entry!r} is there already, in line {first[i]}", f"line {number}")
+            for (number, entry), i in zip(entries, known, strict=True)
+            if i is not None and first.setdefault(i, number) != number
+        ]
+        splits[file.stem] = list(first)
     return splits
 
 

@@ -209,6 +209,10 @@ def write(data: Dataset, folder: Path, _options: Options) -> None:
     apart = sum(map(len, pieces.values())) == len(data)
     places: dict[str, str] = {}
     for split, part in pieces.items() if apart else [("", data)]:
+        if not len(part):  # an empty folder does not survive an archive or a bucket
+            places[split] = f"{split}.txt"
+            (folder / places[split]).write_text("", encoding="utf-8")
+            continue
         images = f"images/{split}" if split else "images"
         (folder / images).mkdir(parents=True, exist_ok=True)
         place_images(part, folder / images)
