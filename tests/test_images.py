@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from detkit import images
+from detkit.errors import ImageError
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -36,3 +37,8 @@ def test_damaged_exif_is_no_obstacle() -> None:
     little = b"\x1a\x01\x05\x00" in content
     damaged[at + 2 : at + 4] = b"\x02\x00" if little else b"\x00\x02"  # now it is text
     assert images.read_image(bytes(damaged)).shape == (40, 20, 3)
+
+
+def test_url_that_nobody_here_can_read_is_an_image_that_cannot_be_read() -> None:
+    with pytest.raises(ImageError, match="cannot read image nonsense://bucket/a.jpg"):
+        images.read_header("nonsense://bucket/a.jpg")

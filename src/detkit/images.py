@@ -15,7 +15,7 @@ from PIL import Image as PillowImage
 from PIL import UnidentifiedImageError
 
 from detkit import remote
-from detkit.errors import BrokenRecord, ImageError
+from detkit.errors import BrokenRecord, ImageError, UsageError
 from detkit.files import place
 from detkit.recordio import packed, packed_image
 
@@ -60,7 +60,7 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         url = remote.origin(str(path))
         if remote.is_remote(url):
-            return remote.read(url)
+            return _fetched(url)
         where = packed(path)
         return Path(path).read_bytes() if where is None else bytes(packed_image(*where))
     except (OSError, ValueError) as error:
@@ -143,6 +143,13 @@ def place_image(source: str, target: str | Path) -> None:
     else:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         Path(target).write_bytes(read_bytes(source))
+
+
+def _fetched(url: str) -> bytes:
+    try:
+        return remote.read(url)
+    except UsageError as error:  # nobody here knows such URLs
+        raise ImageError(url, str(error)) from error
 
 
 def _readable(source: str | Path | bytes) -> io.BytesIO | str | Path:

@@ -338,7 +338,7 @@ def test_sniffing(tmp_path: Path) -> None:
 @given(st.data())
 def test_mutated_files_raise_only_our_errors(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("mutated")
-    content = bytearray("".join(json.dumps(line(f"s3://b/{i}.jpg")) + "\n" for i in range(2)).encode())
+    content = bytearray("".join(json.dumps(line(f"images/{i}.jpg")) + "\n" for i in range(2)).encode())
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.integers(0, len(content) - 1))
         content[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=4))
