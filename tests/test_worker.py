@@ -436,9 +436,11 @@ def test_chatty_framework_neither_blocks_nor_fills_the_disk(
         assert last_lines(output).endswith("the last line")  # type: ignore[attr-defined]
 
 
-def test_crash_deep_in_the_code_is_quoted_from_where_it_happened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("all_threads", [True, False])
+def test_crash_deep_in_the_code_is_quoted_from_where_it_happened(tmp_path: Path, all_threads: bool) -> None:
+    enable = f"import faulthandler, numpy\nfaulthandler.enable(all_threads={all_threads})\n"
     dig = "import os, signal\ndef dig(n):\n    dig(n - 1) if n else os.kill(os.getpid(), signal.SIGSEGV)\n"
-    crash = [sys.executable, "-X", "faulthandler", "-c", f"{dig}import numpy\ndig(60)"]
+    crash = [sys.executable, "-c", f"{enable}{dig}dig(60)"]
     with (tmp_path / "log.txt").open("w+b") as output:
         subprocess.run(crash, stderr=output)
         told = last_lines(output).splitlines()

@@ -43,7 +43,8 @@ _DEATH_S = 2.0
 _OUTPUT_BYTES = 1 << 20
 """So much of what a prediction worker prints is kept."""
 _TAIL_BYTES = 1 << 14
-_CRASHED_THREAD, _END_OF_DUMP = "Current thread ", ("  File ", "  ...", "Extension modules: ")
+_CRASHED_THREAD = ("Current thread ", "Stack (most recent call first)")
+_END_OF_DUMP = ("  File ", "  ...", "Extension modules: ")
 """How lines of faulthandler begin."""
 
 _NATIVE_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
