@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
-from detkit.data import Dataset, Detections, Sample
+from detkit.data import Dataset, Sample
+from detkit.detections import Detections
 from detkit.drawing import PALETTE, colour_of, comparison_sheet, draw, sheet, write_picture
 from detkit.errors import ImageError, InvalidValue, StorageError, UsageError
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detkit.data import Detections
+from detkit.detections import Detections
 from detkit.errors import NonFiniteLoss
 from detkit.job import Event, Job, Workspace
 from detkit.loop import TrainingLoop, epoch_order, load_ahead

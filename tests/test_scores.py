@@ -15,7 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from detkit.boxes import iou
-from detkit.data import Dataset, Detections, Sample
+from detkit.data import Dataset, Sample
+from detkit.detections import Detections
 from detkit.errors import InvalidValue, UsageError
 from detkit.scores import score
 

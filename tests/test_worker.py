@@ -39,7 +39,7 @@ ECHO = importlib.metadata.version("detkit-echo")
 
 STRANGE = """
 import ctypes, os, signal, subprocess, sys, time
-from detkit.data import Detections
+from detkit.detections import Detections
 from detkit_echo.engine import EchoEngine
 
 segfault = lambda: ctypes.string_at(0)

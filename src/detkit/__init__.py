@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Dataset": "data",
     "DetkitError": "errors",
-    "Detections": "data",
+    "Detections": "detections",
     "Model": "job",
     "Predictor": "predictor",
     "Run": "runs",
@@ -61,7 +61,8 @@ if TYPE_CHECKING:
     from detkit.catalog import open_run
     from detkit.checking import check
     from detkit.curation import merge, remap, sample
-    from detkit.data import Dataset, Detections, Sample
+    from detkit.data import Dataset, Sample
+    from detkit.detections import Detections
     from detkit.drawing import draw
     from detkit.errors import DetkitError
     from detkit.evaluation import evaluate

@@ -21,7 +21,7 @@ from typing import Annotated, Literal, NamedTuple, Protocol
 from msgspec import Meta
 
 from detkit import environments
-from detkit.data import Detections
+from detkit.detections import Detections
 from detkit.dialects import Dialect
 from detkit.environments import Environment
 from detkit.errors import PluginError, UnknownName, Unsupported, UsageError

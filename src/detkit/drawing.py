@@ -21,7 +21,8 @@ from PIL import ImageDraw, ImageFont
 
 from detkit import images
 from detkit.boxes import iou
-from detkit.data import Dataset, Detections, Sample
+from detkit.data import Dataset, Sample
+from detkit.detections import Detections
 from detkit.errors import InvalidValue, UsageError
 from detkit.files import atomic_write
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from detkit.data import Dataset, Detections
+from detkit.data import Dataset
+from detkit.detections import Detections
 
 
 @dataclass(frozen=True, kw_only=True)

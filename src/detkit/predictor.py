@@ -17,7 +17,8 @@ from PIL import Image as PillowImage
 
 from detkit import catalog, images, plugins
 from detkit.backends import Detector, PredictOptions
-from detkit.data import Dataset, Detections
+from detkit.data import Dataset
+from detkit.detections import Detections
 from detkit.errors import UsageError
 from detkit.images import Image
 from detkit.job import Model

@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from detkit import plugins
-from detkit.data import Detections
+from detkit.detections import Detections
 from detkit.environments import made_here, python_command, worker_variables
 from detkit.errors import RunFailed, UsageError, WorkerDied
 from detkit.images import Image

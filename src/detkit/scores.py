@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detkit.boxes import Boxes, xyxy_to_xywh
-from detkit.data import Dataset, Detections, Indices
+from detkit.data import Dataset, Indices
+from detkit.detections import Detections
 from detkit.errors import InvalidValue, UsageError
 
 Floats: TypeAlias = NDArray[np.float64]

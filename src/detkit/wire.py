@@ -4,7 +4,7 @@ A request to ``/invocations`` is one image file (content type ``image/*``), or a
 ``application/x-detkit-images``: four bytes of little-endian header length, a JSON header
 ``{"images": [{"path", "bytes", "shape"?}]}``, then the payloads one after the other. An entry with ``shape``
 ``[height, width, 3]`` is raw RGB uint8, one without is an image file as it lies on disk. Pixels are never re-encoded.
-The answer is JSON: ``{"classes": [...], "images": [...]}`` with one `detkit.data.Detections.to_dict` per image.
+The answer is JSON: ``{"classes": [...], "images": [...]}`` with one `detkit.detections.Detections.to_dict` per image.
 
 A worker answers on the socket that it was started with, which nobody but its controller can reach. Where the two have
 memory in common, the payloads lie there (`SHARED_CONTENT_TYPE`), and the request ends with the header.
@@ -30,7 +30,7 @@ import numpy as np
 from msgspec import Meta
 
 from detkit import images
-from detkit.data import Detections
+from detkit.detections import Detections
 from detkit.errors import DetkitError, RunFailed
 from detkit.images import Image
 

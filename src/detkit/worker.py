@@ -29,7 +29,7 @@ import msgspec
 
 import detkit
 from detkit.backends import PredictOptions, load_engine
-from detkit.data import Detections
+from detkit.detections import Detections
 from detkit.errors import DetkitError, Stopped, UsageError
 from detkit.images import Image
 from detkit.job import Model, Workspace

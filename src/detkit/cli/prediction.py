@@ -12,7 +12,7 @@ import typer
 from detkit.cli import messages
 
 if TYPE_CHECKING:
-    from detkit.data import Detections
+    from detkit.detections import Detections
 
 ModelPlace = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="A run's folder or name, `last`, `best`, or a model's folder.")

@@ -29,7 +29,7 @@ import pytest
 
 from detkit import plugins
 from detkit.backends import API, LocalBackend
-from detkit.data import Detections
+from detkit.detections import Detections
 from detkit.errors import DetkitError, RunExists, RunFailed, Unsupported
 from detkit.evaluation import evaluate
 from detkit.exporting import export

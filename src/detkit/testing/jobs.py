@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 from detkit import plugins
-from detkit.data import Dataset, Detections
+from detkit.data import Dataset
+from detkit.detections import Detections
 from detkit.errors import RunFailed
 from detkit.evaluation import evaluate
 from detkit.files import place, write_json

@@ -16,7 +16,8 @@ from PIL import Image as PillowImage
 
 from detkit.backends import Engine, PredictOptions
 from detkit.boxes import Boxes, clip
-from detkit.data import Dataset, Detections, Indices
+from detkit.data import Dataset, Indices
+from detkit.detections import Detections
 from detkit.errors import NonFiniteLoss, Unsupported
 from detkit.files import atomic_write
 from detkit.images import Image

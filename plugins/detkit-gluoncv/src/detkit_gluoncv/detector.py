@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from detkit.backends import PredictOptions
-from detkit.data import Detections
+from detkit.detections import Detections
 from detkit.images import Image
 from detkit.job import Model
 from detkit_gluoncv.batches import to_input

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from detkit.backends import Engine, PredictOptions
-from detkit.data import Dataset, Detections
+from detkit.data import Dataset
+from detkit.detections import Detections
 from detkit.files import atomic_write
 from detkit.images import Image
 from detkit.job import Job, Model, Trained, WeightsOrigin, Workspace

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detkit.backends import Engine, PredictOptions
-from detkit.data import Detections
+from detkit.detections import Detections
 from detkit.images import Image
 from detkit.job import Job, Model, Trained, Workspace
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from detkit.data import Dataset, Detections
+from detkit.data import Dataset
+from detkit.detections import Detections
 from detkit.metrics import Metric
 
 SCORE = 0.5

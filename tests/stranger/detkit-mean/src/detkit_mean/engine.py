@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from detkit.backends import Engine, PredictOptions
 from detkit.boxes import clip
-from detkit.data import Detections
+from detkit.detections import Detections
 from detkit.errors import NonFiniteLoss, Unsupported
 from detkit.files import atomic_write
 from detkit.images import Image
