@@ -5,9 +5,10 @@
 
 Peers are globox, supervision, pycocotools and hotcoco, as far as they are installed beside detkit; RecordIO is compared
 with MXNet's own reader in the interpreter that ``--mxnet-python`` names. Each measurement has a process of its own,
-imports are not counted, and all tools take turns, so that a busy machine slows all of them. CPU seconds are those of
-the process and its children; medians of the rounds are shown. ``shift`` is how far corners lie from where they belong,
-``difficult`` how many such objects are still marked. Every VOC set counts pixels from 1, as its devkit does.
+imports are not counted, and all tools take turns, so that a busy machine slows all of them. CPU seconds and the peak
+of memory are those of the process with its children; medians of the rounds are shown. ``shift`` is how far corners lie
+from where they belong, ``difficult`` how many such objects are still marked. Every VOC set counts pixels from 1, as its
+devkit does.
 
 detkit is told the format, as the peers are, and its cache is off but for two rows: "kept" is a first opening that fills
 the cache, "again" the second one. Its conversions link all images into the new data set, which no peer does.
@@ -29,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -44,7 +46,16 @@ TASKS = {
     "voc-load": ["detkit", "detkit, 1 process", "detkit, kept", "detkit, again", "globox", "supervision", "hotcoco"],
     "voc-to-coco": ["detkit", "globox", "supervision", "hotcoco"],
     "coco-to-voc": ["detkit", "globox", "supervision", "hotcoco"],
-    "coco-load": ["detkit", "detkit, kept", "detkit, again", "pycocotools", "globox", "supervision", "hotcoco"],
+    "coco-load": [
+        "detkit",
+        "detkit, 1 process",
+        "detkit, kept",
+        "detkit, again",
+        "pycocotools",
+        "globox",
+        "supervision",
+        "hotcoco",
+    ],
     "rec-sequential": ["detkit", "detkit, as bytes", "mxnet"],
     "rec-random": ["detkit", "detkit, as bytes", "mxnet"],
     "rec-labels": ["detkit", "mxnet"],
@@ -147,22 +158,43 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in both)
 
 
-def peak_mb() -> float:
-    """Return the most memory of this process; what ``getrusage`` tells begins with that of its parent."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts in bytes
+class Memory(threading.Thread):
+    """Looks from time to time how much memory this process and its children take together."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.together = 0.0
+
+    def run(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):  # a process that has just ended
+                children = [
+                    pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()
+                ]
+                self.together = max(self.together, sum(map(self._resident_mb, ["self", *children])))
+            time.sleep(0.02)
+
+    def _resident_mb(self, process: str) -> float:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+    def peak_mb(self) -> float:
+        """Return the most seen, of this process the most there ever was; ``getrusage`` begins with its parent's."""
+        status = Path("/proc/self/status")
+        if status.is_file():
+            return max(self.together, int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts in bytes
 
 
 def measure(tool: str, task: str, root: Path) -> dict[str, object]:
     """Run one task with one tool and judge what came out."""
     package = tool.partition(",")[0]
     work, judge = globals()[f"{package}_{task.partition('-')[0]}"](task, root)
+    memory = Memory()
+    memory.start()
     cpu, wall = cpu_seconds(), time.perf_counter()
     result = work()
     cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
-    return {"cpu": cpu, "wall": wall, "peak": peak_mb(), **(judge(result) if judge else {})}
+    return {"cpu": cpu, "wall": wall, "peak": memory.peak_mb(), **(judge(result) if judge else {})}
 
 
 def verdict(boxes: np.ndarray, difficult: np.ndarray | int, truth: dict[str, np.ndarray]) -> dict[str, str]:
@@ -424,10 +456,12 @@ def mxnet_rec(task: str, root: Path):
 
 
 def run_one(tool: str, task: str, root: Path, python: str) -> dict[str, object]:
-    """Measure in a new process, with nothing left of an earlier one."""
-    for name in ("out", "out.json", "out.rec", "out.idx"):
-        path = root / name
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    """Measure in a new process, with nothing of an earlier one in the way."""
+    for name in ("out.json", "out.rec", "out.idx"):
+        (root / name).unlink(missing_ok=True)
+    if (root / "out").is_dir():
+        # Not removed: where thousands of files went a moment ago, ext4 makes new ones three times as slowly.
+        (root / "out").rename(root / f"out-{time.time_ns()}")
     if tool != "detkit, again":
         shutil.rmtree(root / "cache", ignore_errors=True)
     keeps = tool.endswith(("kept", "again"))

@@ -13,12 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit import Dataset, check, checking, read_dataset, write_dataset
+from detkit import Dataset, check, checking, plugins, read_dataset, write_dataset
+from detkit.backends import LocalBackend, ModelSpec
+from detkit.boxes import area
 from detkit.checking import report
 from detkit.checking.overview import write_overview
 from detkit.data import Sample
+from detkit.dialects import Dialect, Limits
+from detkit.errors import DetkitWarning
 from detkit.formats import imagefacts
 from detkit.formats.findings import Finding, count_codes
+from detkit.hookspecs import hookimpl
+from detkit.params import Params
 from detkit.testing import tiny_dataset
 
 
@@ -69,6 +75,21 @@ def test_every_finding_in_one_pass(voc: Path) -> None:
     assert outside.line is not None and outside.column is not None
     assert lines[outside.line - 1][outside.column - 1 :].startswith("<object>")
     assert next(f for f in found if f.code == "duplicate-image").message.endswith("006.jpg")
+    files = {f.code: Path(f.image_file).name for f in found if f.image_file}
+    assert files == {
+        **{"outside": "002.jpg", "truncated-image": "004.jpg", "unreadable-image": "005.png"},
+        "duplicate-image": "008.jpg",
+    }
+
+
+def test_an_image_at_fault_is_named_beside_its_annotation(voc: Path) -> None:
+    """The place is a line of the XML file; the image is told, too."""
+    edit(voc / "Annotations/002.xml", r"<width>\d+</width>", "<width>9</width>")
+    data, findings = checking.read_and_check(voc, look="headers")
+    (wrong,) = [f for f in findings if f.code == "wrong-size"]
+    assert (Path(wrong.file).name, Path(wrong.image_file).name) == ("002.xml", "002.jpg")
+    listed = report.as_json(data, [wrong])["findings"]
+    assert [Path(f["image_file"]).name for f in listed] == ["002.jpg"]
 
 
 def test_headers_do_not_show_what_pixels_show(voc: Path) -> None:
@@ -211,6 +232,111 @@ def test_imbalance_and_missing_in_splits() -> None:
     ]
 
 
+# ------------------------------------------------------------------------------------------------- limits of others
+
+
+def renumbered(folder: Path, number: Callable[[int], int]) -> Path:
+    """Give the classes of a COCO folder other ids."""
+    file = folder / "annotations.json"
+    content = json.loads(file.read_text())
+    for record, key in (
+        *((r, "id") for r in content["categories"]),
+        *((r, "category_id") for r in content["annotations"]),
+    ):
+        record[key] = number(record[key])
+    file.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (lambda i: i, ""),
+        (lambda i: i - 1, ""),
+        (lambda i: 3 * i, "the class ids of the file are 3 to 9 with gaps for 3 classes; "),
+        (lambda i: i + 4, "the class ids of the file are 5 to 7 for 3 classes; "),
+    ],
+)
+def test_class_ids_of_coco(number: Callable[[int], int], told: str, tmp_path: Path) -> None:
+    data = tiny_dataset(tmp_path / "drawn", num_images=40, classes=("disc", "square", "triangle"))
+    folder = renumbered(write_dataset(data, tmp_path / "coco"), number)
+    found = check(folder, look="none")
+    assert codes(found) == ({"class-ids": 1} if told else {})
+    if told:
+        assert found[0].severity == "note"
+        assert found[0].file == str(folder / "annotations.json")
+        assert found[0].message.startswith(f"{told}SageMaker's built-in object detection takes 0 to 2 without gaps")
+        with pytest.warns(DetkitWarning, match=r"left behind: ids \(3\)$"):
+            written = write_dataset(read_dataset(folder), tmp_path / "again", "sagemaker-json")
+        assert codes(check(written, look="none")) == {}
+
+
+def test_class_ids_of_sagemaker(tmp_path: Path) -> None:
+    data = tiny_dataset(tmp_path / "drawn", num_images=41)[:40]
+    manifest = write_dataset(data, tmp_path / "manifest", "manifest") / "output.manifest"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"class_id":1', '"class_id":5').replace('"1":', '"5":'))
+    empty = [i for i, count in enumerate(data.boxes_per_image()) if not count]
+    assert codes(check(manifest, look="none")) == {"class-ids": 1, **({"no-objects": 1} if empty else {})}
+    jumpstart = write_dataset(data, tmp_path / "jumpstart", "jumpstart")
+    assert codes(check(jumpstart, look="none")) == {}
+    content = json.loads((jumpstart / "annotations.json").read_text())
+    for box in content["annotations"]:
+        box["category_id"] += 1
+    (jumpstart / "annotations.json").write_text(json.dumps(content))
+    assert codes(check(jumpstart, look="none", first_id=1)) == {"class-ids": 1}
+
+
+def test_lines_without_a_box(tmp_path: Path) -> None:
+    data = tiny_dataset(tmp_path / "drawn", num_images=40)
+    data = data.keep_boxes(np.repeat(np.arange(40), data.boxes_per_image()) != 7)
+    folder = write_dataset(data, tmp_path / "manifest", "manifest")
+    (found,) = [f for f in check(folder, look="none") if f.code == "no-objects"]
+    assert (found.severity, found.line) == ("note", 8)
+    assert "no-objects" not in codes(check(write_dataset(data, tmp_path / "coco"), look="none"))
+
+
+@pytest.mark.parametrize("format", ["coco", "manifest", "sagemaker-json"])
+def test_corners_that_are_read_as_sizes(format: str, tmp_path: Path) -> None:
+    data = tiny_dataset(tmp_path / "drawn", num_images=40)
+    boxes = data.boxes.copy()
+    boxes[:, 2:] += boxes[:, :2]
+    folder = write_dataset(replace(data, boxes=boxes, area=area(boxes)), tmp_path / "out", format)
+    (found,) = [f for f in check(folder, look="none") if f.code == "sizes-are-corners"]
+    x0, y0, x1, y1 = data.boxes[found.box or 0].tolist()
+    assert f"goes from {x0:g}, {y0:g} to {x1:g}, {y1:g}; write its width {x1 - x0:g} and height {y1 - y0:g}" in str(
+        found
+    )
+    boxes = data.boxes.copy()
+    boxes[5, 2] += 300  # one box outside is only that
+    assert codes(check(replace(data, boxes=boxes), look="none")) == {"outside": 1}
+    infinite = np.where(np.arange(len(boxes))[:, None] == 5, np.inf, data.boxes)
+    assert codes(check(replace(data, boxes=infinite), look="none")) == {"non-finite": 1}
+
+
+def test_limits_of_installed_backends_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dialect declares what its tool refuses; nothing of its backend but the declaration is loaded."""
+    strict = Limits(who="the service of somebody", label_width=100)
+    dialect = Dialect(name="somebody", summary="-", params=Params(), translate=lambda *_: (), limits=strict)
+
+    class Guest:
+        @hookimpl
+        def detkit_backends(self) -> list[LocalBackend]:
+            model = ModelSpec(params=Params(), summary="-")
+            engine = "no_such_package.engine:Engine"
+            return [LocalBackend(name="guest", engine=engine, models={"m": model}, install="-", dialects=(dialect,))]
+
+    plugins.registry.cache_clear()
+    try:
+        plugins.registry().manager.register(Guest(), name="guest")
+        found = [f for f in check(labelled({"cat": 30, "dog": 40}), look="none") if f.code == "sagemaker-label-width"]
+    finally:
+        plugins.registry.cache_clear()
+    assert [f.message for f in found] == [
+        "with 40 boxes, the service of somebody needs label_width=202, and stops at its default of 100"
+    ]
+
+
 # ------------------------------------------------------------------------------------------------- images
 
 
@@ -280,13 +406,13 @@ def test_every_copy_counts(photos: Callable[..., Dataset]) -> None:
 
 def test_channels_and_flat_pictures(tmp_path: Path) -> None:
     samples = []
-    for i, mode in enumerate(("L", "CMYK", "P", "RGB", "RGBA")):
+    for i, mode in enumerate(("L", "CMYK", "P", "RGB", "RGBA", "I;16")):
         path = tmp_path / f"{i}.{'tif' if mode == 'CMYK' else 'png'}"
-        Image.new(mode, (40, 40), 200 if mode in "LP" else None).save(path)
+        Image.new(mode, (40, 40), 200 if mode in {"L", "P", "I;16"} else 0).save(path)
         boxes = np.array([[k, 0.0, k + 3, 3] for k in range(2)])
         samples.append(Sample(path=str(path), width=40, height=40, boxes=boxes, names=("a",) * 2))
     found = check(Dataset.from_samples(["a"], samples))
-    assert [Path(f.file).name for f in found if f.code == "channels"] == ["0.png", "1.tif", "4.png"]
+    assert [Path(f.file).name for f in found if f.code == "channels"] == ["0.png", "1.tif", "4.png", "5.png"]
     assert "near-duplicate" not in codes(found), "pictures without structure all look alike"
 
 

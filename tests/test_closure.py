@@ -13,6 +13,7 @@ import pytest
 import detkit
 
 PUBLIC = [
+    "Comparison",
     "Dataset",
     "DetkitError",
     "Detections",
@@ -24,16 +25,19 @@ PUBLIC = [
     "Trainer",
     "__version__",
     "check",
+    "compare",
     "draw",
     "evaluate",
     "export",
     "merge",
     "open_run",
     "read_dataset",
+    "read_predictions",
     "remap",
     "sample",
     "score",
     "write_dataset",
+    "write_predictions",
 ]
 
 WORKER_NEEDS = {"numpy", "PIL", "msgspec", "pluggy"}

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from detkit import read_dataset, write_dataset
+from detkit.data import Dataset, Sample
 from detkit.errors import InvalidValue, UnknownName, UsageError
 from detkit.testing import tiny_dataset
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
-
-    from detkit.data import Dataset
 
 
 @pytest.fixture
@@ -84,3 +90,63 @@ def test_write_over_a_file(data: Dataset, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     with pytest.raises(UsageError, match="nothing is overwritten"):
         write_dataset(data, tmp_path / "out")
+
+
+@contextmanager
+def converting(source: Path, out: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Run ``detkit convert`` and yield, once it is writing, the process and the folder that it writes to."""
+    before = set(out.parent.iterdir())
+    command = [sys.executable, "-m", "detkit.cli", "convert", source, out, "--to", "voc", "--images-as", "copy"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := [p for p in set(out.parent.iterdir()) - before if any(p.glob("JPEGImages/*"))]):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """Enough images that writing them takes a while, all the same one."""
+    first = tiny_dataset(tmp_path / "pictures")[0]
+    box = np.array([[1.0, 1, 5, 5]])
+    samples = [
+        Sample(path=first.path, width=first.width, height=first.height, boxes=box, names=("a",), image_id=f"{i}.jpg")
+        for i in range(3000)
+    ]
+    (tmp_path / "here").mkdir()
+    return write_dataset(Dataset.from_samples(["a"], samples), tmp_path / "large")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and locks of POSIX")
+def test_killed_conversion_leaves_no_half_data_set(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "here/out"
+    with converting(large, out) as (process, beside):
+        process.kill()
+        process.wait()
+        assert not out.exists()
+        assert beside.is_dir(), "nobody could tidy up"
+    (tmp_path / "here/.out.mine").mkdir()
+    assert write_dataset(read_dataset(large).take(range(5)), out, "voc") == out
+    assert sorted(path.name for path in out.parent.iterdir()) == [".out.mine", "out"], "the next one tidies up"
+    assert len(read_dataset(out)) == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and locks of POSIX")
+def test_nobody_removes_what_another_still_writes(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "here/out"
+    with converting(large, out) as (process, beside):
+        process.send_signal(signal.SIGSTOP)
+        write_dataset(read_dataset(large).take(range(5)), out, "voc")
+        assert beside.is_dir()
+        process.send_signal(signal.SIGCONT)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 3, "the other was first"
+        assert b"error" in told
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert len(read_dataset(out)) == 5

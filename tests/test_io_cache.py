@@ -49,6 +49,9 @@ def data(tmp_path: Path) -> Dataset:
         masks=tuple([[0.0, 0.0, 4.0, 0.0, 4.0, float(i)]] if i % 2 else None for i in range(n)),
         extra=tuple({"weather": {"rain": [i, None]}} for i in range(len(data))),
         box_extra=tuple({"pose": f"side {i % 2}"} for i in range(n)),
+        class_extra=tuple({"supercategory": f"shape {i}"} for i in range(len(data.classes))),
+        file_extra={"": {"info": {"year": 2026}, "licenses": [{"id": 1}]}},
+        box_ids=np.arange(n) * 3 + 100,
         split_indices={"train": np.array([0, 1, 5]), "val": np.array([2, 3])},
     )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Comparison": "comparison",
     "Dataset": "data",
     "DetkitError": "errors",
     "Detections": "detections",
@@ -21,19 +22,23 @@ _HOME = {
     "Scores": "scores",
     "Trainer": "trainer",
     "check": "checking",
+    "compare": "comparison",
     "draw": "drawing",
     "evaluate": "evaluation",
     "export": "exporting",
     "merge": "curation",
     "open_run": "catalog",
     "read_dataset": "io",
+    "read_predictions": "predictions",
     "remap": "curation",
     "sample": "curation",
     "score": "scores",
     "write_dataset": "io",
+    "write_predictions": "predictions",
 }
 
 __all__ = [
+    "Comparison",
     "Dataset",
     "Detections",
     "DetkitError",
@@ -45,21 +50,25 @@ __all__ = [
     "Trainer",
     "__version__",
     "check",
+    "compare",
     "draw",
     "evaluate",
     "export",
     "merge",
     "open_run",
     "read_dataset",
+    "read_predictions",
     "remap",
     "sample",
     "score",
     "write_dataset",
+    "write_predictions",
 ]
 
 if TYPE_CHECKING:
     from detkit.catalog import open_run
     from detkit.checking import check
+    from detkit.comparison import Comparison, compare
     from detkit.curation import merge, remap, sample
     from detkit.data import Dataset, Sample
     from detkit.detections import Detections
@@ -69,6 +78,7 @@ if TYPE_CHECKING:
     from detkit.exporting import export
     from detkit.io import read_dataset, write_dataset
     from detkit.job import Model
+    from detkit.predictions import read_predictions, write_predictions
     from detkit.predictor import Predictor
     from detkit.runs import Run
     from detkit.scores import Scores, score

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detkit.data import Dataset, concatenate
+from detkit.columns import concatenate
+from detkit.data import Dataset
 from detkit.errors import InvalidValue, UnknownName, UsageError
 
 if TYPE_CHECKING:
@@ -90,4 +91,6 @@ def remap(data: Dataset, names: Mapping[str, str], *, drop: Iterable[str] = ()) 
     if dropped:
         data = data.keep_boxes(~np.isin(data.labels, [data.classes.index(name) for name in dropped]))
     table = np.array([classes.index(renamed[n]) if n in renamed else -1 for n in data.classes], dtype=np.int64)
-    return replace(data, classes=classes, labels=table[data.labels])
+    first = [table.tolist().index(i) for i in range(len(classes))]
+    kept = None if data.class_extra is None else tuple(data.class_extra[i] for i in first)
+    return replace(data, classes=classes, labels=table[data.labels], class_extra=kept)

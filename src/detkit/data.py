@@ -21,6 +21,7 @@ from detkit import images
 from detkit.boxes import Boxes, area
 from detkit.errors import ClassMismatch, InvalidData, InvalidValue, UnknownName, UsageError
 from detkit.stratification import stratify
+from detkit.tables import html_table
 
 Indices: TypeAlias = NDArray[np.int64]
 Flags: TypeAlias = NDArray[np.bool_]
@@ -93,6 +94,12 @@ class Dataset:
     masks: tuple[Any, ...] | None = None
     extra: tuple[Extra, ...] | None = None
     box_extra: tuple[Extra, ...] | None = None
+    class_extra: tuple[Extra, ...] | None = None
+    """What the file says of each class beyond its name, kept for writing."""
+    file_extra: Mapping[str, Extra] = field(default_factory=dict)
+    """What annotation files, by their names in `sources`, say beside images and boxes, kept for writing."""
+    box_ids: Indices | None = None
+    """The numbers that the file gives its boxes, where they are not 1, 2, 3 ...; kept for writing, and only that."""
     split_indices: Mapping[str, Indices] = field(default_factory=dict)
     """Image indices of each split the data came with."""
 
@@ -103,8 +110,12 @@ class Dataset:
             seen: set[str] = set()
             twice = next(i for i in self.image_ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
             raise InvalidData(f"image {twice!r} is there twice; image ids must be unique")
+        if self.class_extra is not None and len(self.class_extra) != len(self.classes):
+            raise InvalidData(f"{len(self.class_extra)} class_extra for {len(self.classes)} classes")
         for column in (self.sizes, self.offsets, self.boxes, self.labels, self.difficult, self.crowd, self.area):
             column.flags.writeable = False
+        if self.box_ids is not None:
+            self.box_ids.flags.writeable = False
 
     @classmethod
     def from_samples(
@@ -200,6 +211,13 @@ class Dataset:
         splits = f"; splits: {', '.join(self.split_indices)}" if self.split_indices else ""
         return f"<Dataset: {len(self)} images, {len(self.boxes)} boxes ({counts}){splits}>"
 
+    def _repr_html_(self) -> str:
+        parts = {"all": self, **self.splits}
+        counts = {name: part.boxes_per_class() for name, part in parts.items()}
+        rows = [["images", *(f"{len(part):,}" for part in parts.values())]]
+        rows += [[name, *(f"{counts[part][name]:,}" for part in parts)] for name in self.classes]
+        return html_table(["boxes of", *parts], rows)
+
     def boxes_per_class(self) -> dict[str, int]:
         """Return how many boxes each class has, in class order, classes without boxes included."""
         counts = np.bincount(self.labels, minlength=len(self.classes))
@@ -238,14 +256,15 @@ class Dataset:
         """Return all images with only the boxes where ``keep``, a ``(num_boxes,)`` mask, is true."""
         kept = np.concatenate([[0], np.cumsum(keep)]).astype(np.int64)
         everything = np.arange(len(self))
-        return replace(
-            self._with_rows(everything, kept[self.offsets], np.flatnonzero(keep)), split_indices=self.split_indices
-        )
+        data = self._with_rows(everything, kept[self.offsets], np.flatnonzero(keep))
+        return replace(data, split_indices=self.split_indices, file_extra=self.file_extra)
 
     def _with_rows(self, chosen: Indices, offsets: Indices, rows: Indices) -> Dataset:
         def pick(column: Sequence[Any] | None, at: Indices) -> Any:
             return None if column is None else tuple(column[i] for i in at)
 
+        sources = pick(self.sources, chosen)
+        present = set(sources) if self.file_extra else ()
         return Dataset(
             classes=self.classes,
             image_ids=pick(self.image_ids, chosen),
@@ -258,10 +277,13 @@ class Dataset:
             crowd=self.crowd[rows],
             area=self.area[rows],
             records=self.records[rows],
-            sources=pick(self.sources, chosen),
+            sources=sources,
             masks=pick(self.masks, rows),
             extra=pick(self.extra, chosen),
             box_extra=pick(self.box_extra, rows),
+            class_extra=self.class_extra,
+            file_extra={source: extra for source, extra in self.file_extra.items() if source in present},
+            box_ids=None if self.box_ids is None else self.box_ids[rows],
         )
 
     def with_classes(self, classes: Sequence[str], what: str = "data") -> Dataset:
@@ -277,7 +299,13 @@ class Dataset:
             raise ClassMismatch(what, list(classes), used)
         index = {name: i for i, name in enumerate(classes)}
         table = np.array([index.get(name, -1) for name in self.classes], dtype=np.int64)
-        return replace(self, classes=tuple(classes), labels=table[self.labels] if len(table) else self.labels.copy())
+        known = dict(zip(self.classes, self.class_extra or (), strict=False))
+        return replace(
+            self,
+            classes=tuple(classes),
+            labels=table[self.labels] if len(table) else self.labels.copy(),
+            class_extra=tuple(known.get(name, _NO_EXTRA) for name in classes) if known else None,
+        )
 
     def split(self, *fractions: float, seed: int = 0, group_by: str | None = None) -> tuple[Dataset, ...]:
         """Cut the data into parts by image, each class spread over the parts in proportion to its boxes.
@@ -335,67 +363,6 @@ class Dataset:
         for column in (self.sizes, self.offsets, self.boxes, self.labels, self.difficult, self.crowd, self.area):
             h.update(np.ascontiguousarray(column).tobytes())
         return h.hexdigest()
-
-    def save_columns(self, file: Any, places: Sequence[str]) -> None:
-        """Write every column but `paths` to an open ``.npz`` file; nothing is pickled.
-
-        ``places`` take the place of the paths: where each image lies, relative to a folder.
-        """
-        columns: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
-        for name in _TEXTS:
-            columns[name] = np.frombuffer(json.dumps(getattr(self, name)).encode(), dtype=np.uint8)
-        columns["places"] = np.frombuffer(json.dumps(list(places)).encode(), dtype=np.uint8)
-        np.savez(file, **columns)
-
-    @classmethod
-    def load_columns(cls, file: Path, root: Path) -> Dataset:
-        """Read what `save_columns` wrote; ``root`` is the folder that the images' places begin in.
-
-        Files of detkit 0.1 have no places; their images lie in ``images/`` under their ids.
-        """
-        with np.load(file, allow_pickle=False) as columns:
-            arrays = {name: columns[name] for name in _ARRAYS}
-            texts = {name: json.loads(columns[name].tobytes()) for name in _TEXTS}
-            places = json.loads(columns["places"].tobytes()) if "places" in columns else None
-        lists: dict[str, Any] = {name: None if value is None else tuple(value) for name, value in texts.items()}
-        if places is None:
-            places = [f"images/{image_id}" for image_id in lists["image_ids"]]
-        return cls(paths=tuple(f"{root}/{place}" for place in places), **lists, **arrays)
-
-
-def concatenate(parts: Sequence[Dataset]) -> Dataset:
-    """Put data sets with the same class names one after another, without splits. Raises `InvalidData` for an image id
-    that is there twice."""
-
-    def text(name: str, blank: Any, length: str) -> Any:
-        columns = [getattr(part, name) for part in parts]
-        if all(column is None for column in columns):
-            return None
-        return tuple(
-            value
-            for part, column in zip(parts, columns, strict=True)
-            for value in (column if column is not None else (blank,) * len(getattr(part, length)))
-        )
-
-    arrays: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS if name != "offsets"
-    }
-    counts = np.concatenate([part.boxes_per_image() for part in parts])
-    return Dataset(
-        classes=parts[0].classes,
-        image_ids=text("image_ids", "", "paths"),
-        paths=text("paths", "", "paths"),
-        sources=text("sources", "", "paths"),
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        masks=text("masks", None, "labels"),
-        extra=text("extra", _NO_EXTRA, "paths"),
-        box_extra=text("box_extra", _NO_EXTRA, "labels"),
-        **arrays,
-    )
-
-
-_TEXTS = ("classes", "image_ids", "sources", "masks", "extra", "box_extra")
-_ARRAYS = ("sizes", "offsets", "boxes", "labels", "difficult", "crowd", "area", "records")
 
 
 class _Splits(Mapping[str, Dataset]):

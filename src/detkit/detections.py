@@ -1,16 +1,23 @@
-"""What a model found on one image."""
+"""What a model found on one image, whoever's arrays it came in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detkit.boxes import Boxes
 from detkit.data import Indices
+from detkit.errors import ClassMismatch, InvalidData, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+Mask: TypeAlias = "dict[str, Any] | list[Any]"
+"""COCO's run-length encoding, ``{"size": [height, width], "counts": text}``, or its list of polygons."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -20,6 +27,7 @@ class Detections:
     path: str
     """The image; empty where it never was a file."""
     width: int
+    """Pixels, as displayed; 0 where nobody has said."""
     height: int
     classes: tuple[str, ...]
     """The model's class names; a label is an index into them."""
@@ -29,11 +37,85 @@ class Detections:
     """``(n,)`` indices into `classes`."""
     scores: NDArray[np.float64]
     """``(n,)`` in 0..1, not rising."""
+    masks: tuple[Mask | None, ...] | None = None
+    """COCO's run-length encoding or polygons of each detection, as `detkit.data.Dataset` has them; None without any."""
 
     def __post_init__(self) -> None:
         n = len(self.scores)
         if self.boxes.shape != (n, 4) or self.labels.shape != (n,):
             raise ValueError(f"boxes {self.boxes.shape}, labels {self.labels.shape}, scores {self.scores.shape}")
+        if self.masks is not None and len(self.masks) != n:
+            raise ValueError(f"{len(self.masks)} masks, scores {self.scores.shape}")
+
+    @classmethod
+    def from_arrays(
+        cls,
+        boxes: ArrayLike,
+        scores: ArrayLike,
+        labels: ArrayLike | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
+        path: str = "",
+        width: int = 0,
+        height: int = 0,
+        masks: Sequence[Any] | NDArray[Any] | None = None,
+    ) -> Detections:
+        """Put anybody's arrays, in any order, into one object, the best score first; equal scores keep their order.
+
+        ``boxes`` are ``(n, 4)``, xyxy in pixels, and ``scores`` ``(n,)`` in 0..1. The class of each is told by
+        ``names``, or by ``labels``, indices from 0 into ``classes``; neither is needed where there is only one class.
+        ``masks`` are a ``(n, height, width)`` array of truth values, or COCO's encodings. Raises `UsageError` for a
+        call that lacks something and `ClassMismatch` for a name that ``classes`` lacks, `InvalidData` for values that
+        detections cannot have.
+        """
+        corners, sure = _numbers("boxes", boxes, path), _numbers("scores", scores, path)
+        if not corners.size:
+            corners = corners.reshape(0, 4)
+        n = sure.size
+        if sure.ndim != 1 or corners.shape != (n, 4):
+            raise InvalidData(
+                _at(path, f"boxes of shape {corners.shape} and scores of shape {sure.shape}; expected (n, 4) and (n,)")
+            )
+        inverted = np.flatnonzero((corners[:, 2:] < corners[:, :2]).any(axis=1))
+        if len(inverted):
+            raise InvalidData(
+                _at(
+                    path,
+                    f"{len(inverted)} of {n} boxes are inverted, for example {corners[inverted[0]].tolist()}; expected "
+                    "xmin, ymin, xmax, ymax. x, y, width, height become that with detkit.boxes.xywh_to_xyxy",
+                )
+            )
+        beyond = np.flatnonzero((sure < 0) | (sure > 1))
+        if len(beyond):
+            raise InvalidData(_at(path, f"score {sure[beyond[0]]:g}; expected a number from 0 to 1"))
+        if names is not None and labels is not None:
+            raise UsageError("from_arrays was given names and labels; give one of them")
+        if names is not None:
+            known = tuple(classes) if classes is not None else tuple(dict.fromkeys(map(str, names)))
+            kinds = _labels_of(names, known, path)
+        else:
+            if classes is None:
+                raise UsageError(
+                    "from_arrays needs names=, one for each box, or labels= and classes=, what they stand for"
+                )
+            known = tuple(classes)
+            kinds = _checked_labels(labels, known, n, path)
+        encoded = None if masks is None else _encoded(masks, path)
+        for what, column in (("class names or labels", kinds), ("masks", encoded)):
+            if column is not None and len(column) != n:
+                raise InvalidData(_at(path, f"{len(column)} {what} for {n} boxes"))
+        order = np.argsort(-sure, kind="stable")
+        return cls(
+            path=path,
+            width=int(width),
+            height=int(height),
+            classes=known,
+            boxes=corners[order],
+            labels=kinds[order],
+            scores=sure[order],
+            masks=None if encoded is None else tuple(encoded[i] for i in order.tolist()),
+        )
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -46,19 +128,24 @@ class Detections:
     def above(self, score_threshold: float) -> Detections:
         """Return only the detections with at least this score."""
         keep = self.scores >= score_threshold
-        return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], scores=self.scores[keep])
+        masks = self.masks
+        if masks is not None:
+            masks = tuple(mask for mask, kept in zip(masks, keep.tolist(), strict=True) if kept)
+        return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], scores=self.scores[keep], masks=masks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: path, width, height, and one record of name, score, box for each detection."""
-        return {
-            "path": self.path,
-            "width": self.width,
-            "height": self.height,
-            "detections": [
-                {"name": name, "score": score, "box": box}
-                for name, score, box in zip(self.names, self.scores.tolist(), self.boxes.tolist(), strict=True)
-            ],
-        }
+        """Return plain JSON values: path, width, height, and one record of name, score, box for each detection.
+
+        A record has ``mask``, too, where there is one.
+        """
+        records: list[dict[str, Any]] = [
+            {"name": name, "score": score, "box": box}
+            for name, score, box in zip(self.names, self.scores.tolist(), self.boxes.tolist(), strict=True)
+        ]
+        for record, mask in zip(records, self.masks or (), strict=False):
+            if mask is not None:
+                record["mask"] = mask
+        return {"path": self.path, "width": self.width, "height": self.height, "detections": records}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], classes: Sequence[str]) -> Detections:
@@ -73,4 +160,137 @@ class Detections:
             boxes=np.array([d["box"] for d in found], dtype=np.float64).reshape(-1, 4),
             labels=np.array([index[d["name"]] for d in found], dtype=np.int64),
             scores=np.array([d["score"] for d in found], dtype=np.float64),
+            masks=tuple(d.get("mask") for d in found) if any("mask" in d for d in found) else None,
         )
+
+
+def as_detections(
+    found: Any,
+    *,
+    classes: Sequence[str] | None = None,
+    width: int = 0,
+    height: int = 0,
+    path: str = "",
+    first_label: int = 0,
+) -> Detections:
+    """Return what another library found on one image as `Detections`; nothing of that library is imported.
+
+    It takes a ``supervision.Detections``, a mapping with ``boxes`` (xyxy in pixels), ``labels``, ``scores`` and maybe
+    ``masks``, as torchvision's models and ``transformers``' ``post_process_object_detection`` return, and our own.
+    Tensors may lie on any device. ``first_label`` is the label of ``classes[0]``: 1 for torchvision's models, whose 0
+    is the background. Where supervision has class names, these count and labels do not. Raises as
+    `Detections.from_arrays` does.
+    """
+    if isinstance(found, Detections):
+        if classes is not None and tuple(classes) != found.classes:
+            raise ClassMismatch(_at(path or found.path, "detections"), list(classes), list(found.classes))
+        return replace(found, path=found.path or path, width=found.width or width, height=found.height or height)
+    names: list[str] | None = None
+    if all(hasattr(found, name) for name in ("xyxy", "confidence", "class_id", "data")):
+        boxes, scores, labels, masks = found.xyxy, found.confidence, found.class_id, getattr(found, "mask", None)
+        if scores is None:
+            raise UsageError(_at(path, "these supervision.Detections have no confidence, so they cannot be ranked"))
+        if "class_name" in found.data:
+            names = [str(name) for name in found.data["class_name"]]
+    elif isinstance(found, Mapping) and {"boxes", "scores", "labels"} <= set(found):
+        boxes, labels, scores, masks = (_array(found.get(key)) for key in ("boxes", "labels", "scores", "masks"))
+    else:
+        given = (
+            f"a mapping with {', '.join(map(repr, found)) or 'nothing'}" if isinstance(found, Mapping) else type(found)
+        )
+        raise UsageError(
+            _at(
+                path,
+                f"detections are {given}; expected detkit.Detections, supervision.Detections, or a mapping with "
+                "'boxes', 'labels' and 'scores' of one image. Detections.from_arrays takes bare arrays",
+            )
+        )
+    if names is None and labels is not None and first_label:
+        labels = np.asarray(labels) - first_label
+    return Detections.from_arrays(
+        boxes,
+        scores,
+        labels if names is None else None,
+        names=names,
+        classes=classes,
+        path=path,
+        width=width,
+        height=height,
+        masks=None if masks is None else _truth(masks),
+    )
+
+
+def _at(path: str, message: str) -> str:
+    return f"{path}: {message}" if path else message
+
+
+def _array(value: Any) -> Any:
+    """Return a tensor of any framework as an array."""
+    for step in ("detach", "cpu", "numpy"):
+        value = getattr(value, step)() if hasattr(value, step) else value
+    return value
+
+
+def _numbers(what: str, values: ArrayLike, path: str) -> NDArray[np.float64]:
+    try:
+        array = np.array(_array(values), dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidData(_at(path, f"{what} are not an array of numbers")) from None
+    if not np.isfinite(array).all():
+        raise InvalidData(_at(path, f"{what} hold {np.count_nonzero(~np.isfinite(array))} values that are not finite"))
+    return array
+
+
+def _labels_of(names: Sequence[str], classes: tuple[str, ...], path: str) -> Indices:
+    index = {name: i for i, name in enumerate(classes)}
+    unknown = list(dict.fromkeys(name for name in map(str, names) if name not in index))
+    if unknown:
+        raise ClassMismatch(_at(path, "detections"), list(classes), [*classes, *unknown])
+    return np.array([index[str(name)] for name in names], dtype=np.int64)
+
+
+def _checked_labels(labels: ArrayLike | None, classes: tuple[str, ...], n: int, path: str) -> Indices:
+    if labels is None:
+        if n and len(classes) != 1:
+            raise UsageError(
+                _at(path, f"{n} boxes without labels or names, and {len(classes)} classes; give labels= or names=")
+            )
+        return np.zeros(n, dtype=np.int64)
+    values = _numbers("labels", labels, path)
+    if values.ndim != 1:
+        raise InvalidData(_at(path, f"labels of shape {values.shape}; expected ({n},)"))
+    beyond = np.flatnonzero((values < 0) | (values >= len(classes)) | (values != np.rint(values)))
+    if len(beyond):
+        raise InvalidData(
+            _at(
+                path,
+                f"label {values[beyond[0]]:g} stands for none of {len(classes)} classes; expected whole numbers from 0 "
+                f"to {len(classes) - 1}. where labels begin with 1, as torchvision's do, "
+                "as_detections(..., first_label=1) takes them",
+            )
+        )
+    return values.astype(np.int64)
+
+
+def _truth(masks: Any) -> Any:
+    """Return truth values for the shares of torchvision's masks, which are ``(n, 1, height, width)``."""
+    array = np.asarray(masks)
+    if array.ndim == 4 and array.shape[1] == 1:
+        array = array[:, 0]
+    return array if array.dtype == bool else array > 0.5
+
+
+def _encoded(masks: Sequence[Any] | NDArray[Any], path: str) -> list[Any]:
+    """Return COCO's encoding of each mask; those that are encoded stay."""
+    if not isinstance(masks, np.ndarray):
+        wrong = next((mask for mask in masks if mask is not None and not isinstance(mask, (dict, list))), None)
+        if wrong is not None:
+            raise InvalidData(_at(path, f"a mask is {type(wrong)}; expected COCO's encoding, or one array for all"))
+        return list(masks)
+    if masks.ndim != 3:
+        raise InvalidData(_at(path, f"masks of shape {masks.shape}; expected (n, height, width)"))
+    if not masks.size:
+        return [None] * len(masks)
+    from hotcoco import mask as rle
+
+    return [{**one, "counts": one["counts"].decode()} for one in rle.encode(masks.astype(bool).transpose(1, 2, 0))]

@@ -48,6 +48,33 @@ class Note(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a tool refuses of data that is sound. `detkit check` reads it and tells, and nothing else of the tool."""
+
+    who: str
+    """The tool, as a sentence calls it."""
+    label_width: int | None = None
+    """Numbers in an image's label that its defaults take: 2, and 5 for each box."""
+    three_channels: bool = False
+    """Whether images have to be RGB."""
+    ids_from_zero: bool = False
+    """Whether the class ids of a file have to be 0, 1, 2 ... without a gap."""
+    needs_objects: bool = False
+    """Whether it fails on an image without a box."""
+
+
+SAGEMAKER_OBJECT_DETECTION = Limits(
+    who="SageMaker's built-in object detection",
+    label_width=350,
+    three_channels=True,
+    ids_from_zero=True,
+    needs_objects=True,
+)
+"""From the pages "Object Detection Hyperparameters" and "Object Detection - MXNet" of the Amazon SageMaker Developer
+Guide; images without a box from amazon-sagemaker-examples, issue 643."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dialect:
     """The hyperparameters of another tool, for ``like=``. A record of data and two functions, as light as its backend.
 
@@ -66,6 +93,7 @@ class Dialect:
     """That tool's names, ranges and defaults, as a struct."""
     translate: Callable[[Any, Mapping[str, Any]], Sequence[Note]]
     check: Callable[[Any, Mapping[str, Dataset]], Sequence[Note]] | None = None
+    limits: Limits | None = None
     hints: Mapping[str, str] = field(default_factory=dict)
     """What to say of names that are found beside that tool's hyperparameters and are none."""
 

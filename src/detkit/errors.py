@@ -10,6 +10,7 @@
     │   ├── RunExists               2   the directory already holds a run
     │   ├── SeenImages              1   a model would be scored on images it has seen
     │   ├── ClassMismatch           2   class names of model and data differ
+    │   ├── ProtocolMismatch        2   two sets of scores that do not compare
     │   ├── WeightsMissing          2   weights asked for are not here and cannot be fetched
     │   └── Unsupported             2   this backend or format declares that it cannot
     ├── InvalidData                 1   annotations that cannot be used; carries findings
@@ -28,7 +29,7 @@ Anything that is not a `DetkitError` is a bug in detkit or a plugin and keeps it
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -129,6 +130,18 @@ class ClassMismatch(UsageError):
         super().__init__(
             f"{what}: the class names differ ({'; '.join(parts)}). "
             f"expected: {', '.join(map(repr, expected))}" + (f". {hint}" if hint else "")
+        )
+
+
+class ProtocolMismatch(UsageError):
+    """Two sets of scores that do not compare; `differing` has what differs, by name."""
+
+    def __init__(self, first: str, second: str, differing: Mapping[str, tuple[str, str]]) -> None:
+        self.differing = dict(differing)
+        told = "; ".join(f"{name}: {a} and {b}" for name, (a, b) in differing.items())
+        super().__init__(
+            f"the scores of {first} and {second} do not compare ({told}). score both on the same images with the same "
+            "limits: detkit.compare([A, B], DATA, max_detections=N)"
         )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
+import socket
 import tempfile
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
@@ -13,6 +15,11 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from detkit.errors import InvalidData, StorageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,6 +74,63 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``target``, which becomes that when the block ends well. Raises `StorageError`.
+
+    What a killed process of this machine left there for the same target goes first. One that still runs holds a lock
+    on its folder; where the file system knows no locks, nothing is removed.
+    """
+    begin = f".{target.name}.{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-"
+    beside = target.with_name(begin + secrets.token_hex(4))
+    held = -1
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # a folder that may be written to, and not listed
+            for left in target.parent.iterdir():
+                if left.name.startswith(begin) and left.suffix != _UNLOCKED:
+                    _remove_left(left)
+        # Nobody removes it before it is locked, as it has another name until then.
+        unlocked = beside.with_name(beside.name + _UNLOCKED)
+        unlocked.mkdir()
+        held = _lock(unlocked)
+        unlocked.rename(beside)
+        yield beside
+        os.replace(beside, target)
+    except OSError as error:
+        raise StorageError(target, error) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if held >= 0:
+            os.close(held)
+
+
+_UNLOCKED = ".new"
+
+
+def _lock(folder: Path) -> int:
+    """Return a descriptor that keeps a folder locked for as long as it is open; -1 where that cannot be."""
+    if fcntl is None:
+        return -1
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return -1
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        return -1
+    return held
+
+
+def _remove_left(folder: Path) -> None:
+    held = _lock(folder)
+    if held >= 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
 
 
 def _read_umask() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 import tempfile
 import time
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from detkit import plugins
-from detkit.errors import DetkitWarning, InvalidData, StorageError, UnknownName, Unsupported, UsageError
+from detkit.errors import DetkitWarning, InvalidData, UnknownName, Unsupported, UsageError
+from detkit.files import staged_folder
 from detkit.images import EXTENSIONS
 from detkit.params import set_fields
 from detkit.reading_cache import SLOW_S, reading
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from detkit.data import Dataset
     from detkit.formats import Format
+    from detkit.formats.findings import Finding
 
 
 def read_dataset(path: str | Path, format: str | None = None, *, split: str | None = None, **options: Any) -> Dataset:
@@ -89,7 +90,7 @@ def _read_there(url: str, format: str | None, options: dict[str, Any]) -> Datase
         try:
             data = _read(mirror.path, format, options)
         except InvalidData as error:
-            findings = [replace(f, file=mirror.told(f.file), message=mirror.told(f.message)) for f in error.findings]
+            findings = [_finding_there(finding, mirror) for finding in error.findings]
             partial = None if error.partial is None else _there(error.partial, mirror)
             raise InvalidData(mirror.told(str(error)), findings, partial=partial) from None
         except UsageError as error:
@@ -99,11 +100,21 @@ def _read_there(url: str, format: str | None, options: dict[str, Any]) -> Datase
     return _there(data, mirror)
 
 
+def _finding_there(finding: Finding, mirror: Mirror) -> Finding:
+    return replace(
+        finding,
+        file=mirror.told(finding.file),
+        message=mirror.told(finding.message),
+        image_file=mirror.told(finding.image_file),
+    )
+
+
 def _there(data: Dataset, mirror: Mirror) -> Dataset:
     return replace(
         data,
         paths=tuple(mirror.place(path) for path in data.paths),
         sources=tuple(mirror.told(source) for source in data.sources),
+        file_extra={mirror.told(source): extra for source, extra in data.file_extra.items()},
     )
 
 
@@ -163,20 +174,14 @@ def _appearing(target: Path) -> Iterator[Path]:
     """Yield a folder beside its final place, which it takes when the block ends well."""
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UsageError(f"{target} is not empty; nothing is overwritten, so choose another folder or remove it")
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        os.replace(beside, target)
-    except OSError as error:
-        raise StorageError(target, error) from error
+        with staged_folder(target) as beside:
+            yield beside
     except UnicodeEncodeError as error:
         shown = ascii(error.object[max(0, error.start - 40) : error.end + 40])
         raise InvalidData(
             f"{shown} in a name or a kept key is no Unicode text, which annotation files are; rename it"
         ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _copy_links(folder: Path) -> None:

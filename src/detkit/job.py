@@ -31,6 +31,7 @@ from typing import Any, Literal
 import msgspec
 
 import detkit
+from detkit.columns import load_columns, save_columns
 from detkit.data import Dataset
 from detkit.errors import RunExists, Stopped, StorageError, UsageError
 from detkit.files import atomic_write, file_sha256, inside, place, write_json
@@ -288,7 +289,7 @@ class Workspace:
         root = self.channel(channel)
         places = _link_images(data, root)
         with atomic_write(root / "columns.npz") as file:
-            data.save_columns(file, places)
+            save_columns(data, file, places)
         write_json(root / "annotations.json", to_coco(data))
         write_json(root / "digests.json", {"images": list(image_digests)})
 
@@ -297,7 +298,7 @@ class Workspace:
         root = self.channel(channel)
         if not (root / "columns.npz").is_file():
             return None
-        return Dataset.load_columns(root / "columns.npz", root)
+        return load_columns(root / "columns.npz", root)
 
     def image_digests(self, channel: str) -> list[str]:
         """Return the sha256 of each image of a channel, in order; empty where the run has no such channel."""

@@ -44,6 +44,10 @@ Optimizer: TypeAlias = Annotated[Literal["sgd", "adam", "adamw", "rmsprop", "ada
 Momentum: TypeAlias = Annotated[float, Meta(ge=0, lt=1, description="momentum of sgd")]
 WeightDecay: TypeAlias = Annotated[float, Meta(ge=0, description="weight decay; none on biases and norms")]
 GradientClip: TypeAlias = Annotated[float, Meta(gt=0, description="largest global norm of the gradient")]
+EmaDecay: TypeAlias = Annotated[
+    float,
+    Meta(gt=0, lt=1, description="decay a step of the moving average of the weights, which is what is scored and kept"),
+]
 ImageSize: TypeAlias = Annotated[
     Annotated[int, Meta(ge=32)] | Literal["auto"],
     Meta(description="pixels of the model's input, its shorter side where the shape is kept"),
@@ -85,6 +89,7 @@ CANONICAL: Mapping[str, Any] = {
     "momentum": Momentum,
     "weight_decay": WeightDecay,
     "gradient_clip": GradientClip,
+    "ema_decay": EmaDecay,
     "image_size": ImageSize,
     "weights": Weights,
     "early_stopping_patience": EarlyStoppingPatience,

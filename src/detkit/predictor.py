@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -65,6 +66,10 @@ class Predictor:
             nms_threshold=nms_threshold,
             max_detections=max_detections or self.model.manifest.max_detections,
         )
+        self.busy_s = 0.0
+        """Seconds that the model itself has taken so far, decoding of images not counted."""
+        self.num_images = 0
+        """Images that it has taken them for."""
         backend = plugins.backend(self.model.manifest.backend)
         self._detector: Detector = backend.open(self.model, options, isolate=isolate)
 
@@ -86,7 +91,7 @@ class Predictor:
     def __call__(self, image: OneImage) -> Detections:
         """Return the detections on one image: a file, a ``(h, w, 3)`` RGB uint8 array, or a Pillow image."""
         pixels, path = _decode(image)
-        return replace(self._detector.detect([pixels])[0], path=path)
+        return replace(self._detect([pixels])[0], path=path)
 
     def predict(self, source: Source) -> Iterator[Detections]:
         """Yield the detections on each image of a file, folder, glob, `Dataset` or iterable, in order.
@@ -104,11 +109,18 @@ class Predictor:
                     if not waiting:
                         return
                     batch = [waiting.popleft().result() for _ in range(min(self.batch_size, len(waiting)))]
-                    found = self._detector.detect([pixels for pixels, _ in batch])
+                    found = self._detect([pixels for pixels, _ in batch])
                     yield from (replace(one, path=path) for one, (_, path) in zip(found, batch, strict=True))
             finally:
                 for future in waiting:
                     future.cancel()
+
+    def _detect(self, batch: list[Image]) -> list[Detections]:
+        began = time.perf_counter()
+        found = self._detector.detect(batch)
+        self.busy_s += time.perf_counter() - began
+        self.num_images += len(batch)
+        return found
 
     def close(self) -> None:
         """Free the model, and its worker if it has one."""

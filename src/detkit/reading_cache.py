@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 import detkit
+from detkit.columns import ARRAYS
 from detkit.data import Dataset
 from detkit.errors import StorageError
 from detkit.files import atomic_write, cache_folder
@@ -45,8 +46,9 @@ _DESCRIPTIONS = {".yaml", ".yml"}
 """Files that describe the folder they lie in, whose whole tree is read."""
 _UNSETTLED_S = 2.0
 """The coarsest clock of a file system, that of FAT."""
-_ARRAYS = ("sizes", "offsets", "boxes", "labels", "difficult", "crowd", "area", "records")
 _ENDING = ".dataset"
+_NO_MASK: list[Any] = []
+"""Shared, as whole data sets have nothing else."""
 
 
 class _Column(msgspec.Struct, array_like=True):
@@ -67,6 +69,8 @@ class _Kept(msgspec.Struct):
     masks: list[Any] | None
     extra: _Column | None
     box_extra: _Column | None
+    class_extra: list[dict[str, Any]] | None
+    file_extra: dict[str, dict[str, Any]]
     arrays: dict[str, tuple[str, list[int], bytes]]
     splits: dict[str, bytes]
 
@@ -291,7 +295,8 @@ def _pack(data: Dataset, state: str, warnings: Sequence[str]) -> _Kept:
         prefix = data.paths[0].removesuffix(data.image_ids[0])
         if all(path == prefix + name for path, name in zip(data.paths, data.image_ids, strict=True)):
             paths = prefix
-    arrays = {name: np.ascontiguousarray(getattr(data, name)) for name in _ARRAYS}
+    present = [*ARRAYS, *([] if data.box_ids is None else ["box_ids"])]
+    arrays = {name: np.ascontiguousarray(getattr(data, name)) for name in present}
     return _Kept(
         state=state,
         warnings=list(warnings),
@@ -302,6 +307,8 @@ def _pack(data: Dataset, state: str, warnings: Sequence[str]) -> _Kept:
         masks=None if data.masks is None else list(data.masks),
         extra=_distinct(data.extra, id),
         box_extra=_distinct(data.box_extra, id),
+        class_extra=None if data.class_extra is None else [dict(extra) for extra in data.class_extra],
+        file_extra={source: dict(extra) for source, extra in data.file_extra.items()},
         arrays={name: (array.dtype.str, list(array.shape), array.tobytes()) for name, array in arrays.items()},
         splits={name: np.asarray(at, dtype=np.int64).tobytes() for name, at in data.split_indices.items()},
     )
@@ -318,9 +325,11 @@ def _unpack(kept: _Kept) -> Dataset:
         image_ids=tuple(kept.image_ids),
         paths=tuple(paths + name for name in kept.image_ids) if isinstance(paths, str) else tuple(paths),
         sources=_spread(kept.sources) or (),
-        masks=None if kept.masks is None else tuple(kept.masks),
+        masks=None if kept.masks is None else tuple(_NO_MASK if mask == [] else mask for mask in kept.masks),
         extra=_spread(kept.extra),
         box_extra=_spread(kept.box_extra),
+        class_extra=None if kept.class_extra is None else tuple(kept.class_extra),
+        file_extra=kept.file_extra,
         split_indices={name: np.frombuffer(at, dtype=np.int64) for name, at in kept.splits.items()},
-        **{name: arrays[name] for name in _ARRAYS},
+        **arrays,
     )

@@ -23,6 +23,7 @@ from detkit.errors import RunFailed, Unsupported, UsageError, WorkerDied
 from detkit.files import write_json
 from detkit.job import SCHEMA, Event, Job, Model, Workspace
 from detkit.processes import Caller, end_group, how_it_ended, last_lines, start_worker
+from detkit.tables import html_table
 
 Status: TypeAlias = Literal["running", "finished", "failed", "stopped", "interrupted"]
 """``interrupted`` is a worker that vanished without a word: killed, or the machine went down."""
@@ -140,6 +141,11 @@ class Run(ABC):
         numbers = ", ".join(f"{n} {v:.3f}" for n, v in sorted(self.metrics.items()) if n.endswith("AP"))
         model = f"{self.job.backend}/{self.job.model}"
         return f"<Run {self.path}: {model}, {self.status}{', ' + numbers if numbers else ''}>"
+
+    def _repr_html_(self) -> str:
+        numbers = {name: f"{value:.4g}" for name, value in sorted(self.metrics.items())}
+        about = {"run": self.path, "model": f"{self.job.backend}/{self.job.model}", "status": self.status, **numbers}
+        return html_table(["", ""], about.items())
 
 
 class LocalRun(Run):

@@ -50,7 +50,7 @@ def test_for_programs(cli: Any, broken: Path, tmp_path: Path) -> None:
     assert set(found) == {"images", "boxes", "classes", "splits", "counts", "findings"}
     assert found["counts"] == {"outside": 1, "truncated-image": 1}
     assert set(found["findings"][0]) == {
-        *("code", "severity", "message", "file", "line", "column", "place", "record", "image")
+        *("code", "severity", "message", "file", "line", "column", "place", "record", "image", "image_file")
     }
     assert cli("check", "data", "--format", "json", cwd=tmp_path, DETKIT_CACHE="cache").json == found
     sarif = cli("check", "data", "--format", "sarif", cwd=tmp_path, DETKIT_CACHE="cache").json
@@ -76,6 +76,7 @@ def test_strict(cli: Any, tmp_path: Path) -> None:
         (["data", "--format", "xml"], "one of text, json, github, sarif"),
         (["data", "--look", "some"], "one of pixels, headers, none"),
         (["data", "--orgin", "0"], "no option of format coco 'orgin'"),
+        (["--train", "data"], "data is given by position: `detkit check DATA`, not as '--train'"),
         (["nowhere"], "there is no file or folder nowhere"),
     ],
 )

@@ -72,6 +72,12 @@ def test_split_merge_sample_remap(cli: Cli, data: Path, tmp_path: Path) -> None:
         (["convert", "DATA", "--to", "voc"], "expected DATA OUT; found"),
         (["convert", "nowhere", "out", "--to", "voc"], "there is no file or folder nowhere"),
         (["convert", "DATA", "out", "--to", "voc", "--images-as", "move"], "images-as='move'"),
+        (
+            ["convert", "--train", "DATA", "out", "--to", "voc"],
+            "by position: `detkit convert DATA OUT`, not as '--train'",
+        ),
+        (["merge", "--val", "DATA", "out"], "by position: `detkit merge DATA DATA... OUT`, not as '--val'"),
+        (["convert", "DATA", "out", "--to", "voc", "--leash", "1"], "no option of coco or voc 'leash'"),
         (["merge", "DATA", "out"], "expected DATA DATA... OUT"),
         (["split", "DATA", "out", "train=0.5"], "sum to 1, not 0.5"),
         (["split", "DATA", "out", "train=half"], "for example train=0.8"),

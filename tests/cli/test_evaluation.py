@@ -19,7 +19,11 @@ def test_kept_test_images_with_protocol(cli: Any, trained: Path) -> None:
 
 def test_json_shape(cli: Any, trained: Path) -> None:
     found = cli("evaluate", "last", "--json", "--max-detections", "7", cwd=trained).json
-    assert set(found) == {*("scores", "per_class", "score_threshold", "best_f1", "seen_in", "protocol", "failed")}
+    assert set(found) == {
+        *("scores", "per_class", "score_threshold", "best_f1", "voc", "error_types", "confusion", "warnings"),
+        *("seen_in", "lower_is_better", "protocol", "interval", "failed"),
+    }
+    assert found["interval"]["low"] <= found["interval"]["value"] <= found["interval"]["high"]
     assert {"AP", "AP50", "AR7"} <= set(found["scores"])
     assert found["protocol"]["max_detections"] == 7
     assert found["failed"] == {}

@@ -5,6 +5,7 @@ by line through bash. Comments of the page, unseen by its readers, say what else
 
     <!-- data: FOLDER [N] -->            draw a data set of N pictures there before going on
     <!-- environment: NAME=VALUE ... --> set variables for the rest of the page, to make a training short
+    <!-- wheel: FOLDER -->               build this distribution of the repository, for `pip install` to find it
     <!-- file: NAME -->                  the next block is the content of a file
     <!-- printed -->                     the next block is what the one before it printed; ... stands for anything
     <!-- not run here: REASON -->        the next block is left alone
@@ -38,18 +39,20 @@ import yaml
 
 import detkit
 from detkit import hookspecs, job, params, plugins
+from detkit.formats import COLUMNS
 from detkit.shapes import write_shapes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MARKS = ("data", "environment", "file", "printed", "not run here")
+ALONE = {"data", "environment", "wheel"}
+MARKS = {*ALONE, "file", "printed", "not run here"}
 LANGUAGES = {"python", "console", "text", "yaml", "json", "toml", "ini", "xml"}
 TIMEOUT_S = 240
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block, or a mark that stands alone (``data``, ``environment``)."""
+    """A fenced block, or a mark that stands alone (one of `ALONE`)."""
 
     line: int
     language: str
@@ -64,7 +67,7 @@ def blocks(page: Path) -> Iterator[Block]:
     for number, line in lines:
         mark = re.fullmatch(r"\s*<!-- ([a-z ]+?)(?:: (.*?))? ?-->", line)
         fence = re.fullmatch(r"( *)```(\w*)", line)
-        if mark and mark[1] in {"data", "environment"}:
+        if mark and mark[1] in ALONE:
             yield Block(number, mark[1], mark[2], {})
         elif mark and mark[1] in MARKS:
             marks[mark[1]] = mark[2] or ""
@@ -119,6 +122,10 @@ class Reader:
         elif block.language == "environment":
             for pair in block.code.split():
                 self.environment.setenv(*pair.split("=", 1))
+        elif block.language == "wheel":
+            wheels = self.folder.parent / "wheels"
+            self.environment.setenv("PIP_FIND_LINKS", str(wheels))
+            self.run_command(f"pip wheel --wheel-dir {wheels} {ROOT / block.code}", where)
         elif "file" in block.marks:
             check_syntax(block, where)
             target = self.folder / block.marks["file"]
@@ -227,7 +234,7 @@ def test_blocks_are_marked(page: Path) -> None:
     """Every block names a language that is run or parsed, and every block left out says why."""
     for block in blocks(page):
         where = f"{page_name(page)}:{block.line}"
-        assert block.language in {*LANGUAGES, "data", "environment"}, f"{where}: language {block.language!r}"
+        assert block.language in LANGUAGES | ALONE, f"{where}: language {block.language!r}"
         if "not run here" in block.marks:
             assert len(block.marks["not run here"]) > 10, f"{where}: say why it is not run"
 
@@ -298,14 +305,13 @@ def test_every_page_is_on_the_map() -> None:
 
 
 def test_formats_page_says_what_each_carries() -> None:
-    columns = ("image_ids", "classes", "difficult", "crowd", "area", "masks", "extra", "box_extra", "split_indices")
     lines = (ROOT / "docs/reference/formats.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
-    rows = {row[0].strip("`"): row[1:] for row in cells if len(row) == len(columns) + 1}
+    rows = {row[0].strip("`"): row[1:] for row in cells if len(row) == len(COLUMNS) + 1}
     formats = {name: known for name, known in plugins.formats().items() if known.read.__module__.startswith("detkit.")}
     assert list(rows) == list(formats)
     for name, known in formats.items():
-        for column, cell in zip(columns, rows[name], strict=True):
+        for column, cell in zip(COLUMNS, rows[name], strict=True):
             optional = column in known.write_options.__struct_fields__
             expected = {"yes", "simple ones"} if column in known.carries else {"option" if optional else "no"}
             assert cell in expected, (name, column, cell)

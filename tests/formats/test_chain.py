@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from dataclasses import replace
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +211,9 @@ def coco_of_all_kinds(root: Path) -> dict[str, Any]:
     for i, name in enumerate(("b.png", "sub/a.png", "c.png")):
         Image.new("RGB", (40 + i, 30), (i * 80, 9, 9)).save(root / "images" / name)
     content: dict[str, Any] = {
-        "info": {"year": 2020},
+        "info": {"year": 2020, "version": "1.0", "contributors": ["a", {"b": [None, 1.5, True]}]},
         "licenses": [{"id": 1, "name": "none"}],
+        "type": "instances",
         "images": [
             {"id": "x9", "file_name": "b.png", "width": 40, "height": 30, "license": 1, "tags": ["a", {"b": None}]},
             {"id": "x2", "file_name": "sub/a.png", "width": 41, "height": 30, "date_captured": "2020-01-01"},
@@ -221,7 +222,7 @@ def coco_of_all_kinds(root: Path) -> dict[str, Any]:
         "categories": [
             {"id": 90, "name": "zebra", "supercategory": "animal"},
             {"id": 3, "name": "unused"},
-            {"id": 17, "name": "ant"},
+            {"id": 17, "name": "ant", "supercategory": "", "keypoints": ["head", "tail"], "skeleton": [[1, 2]]},
         ],
         "annotations": [
             {
@@ -255,6 +256,17 @@ def coco_of_all_kinds(root: Path) -> dict[str, Any]:
                 "difficult": 1,
             },
             {"id": 6, "image_id": "x2", "category_id": 90, "bbox": [5, 6, 7, 8], "area": 56, "iscrowd": 0},
+            {
+                "id": 4,
+                "image_id": "x9",
+                "category_id": 17,
+                "bbox": [3.07, 5.93, 28.65, 18.123456789],
+                "area": 70.00495,
+                "iscrowd": 0,
+                "segmentation": [],
+                "keypoints": [1, 2, 2, 0, 0, 0],
+                "num_keypoints": 1,
+            },
         ],
     }
     (root / "annotations.json").write_bytes(msgspec.json.encode(content))
@@ -269,31 +281,81 @@ def test_coco_keeps_every_field(tmp_path: Path) -> None:
     assert told == {}
     assert_only_lost(data, read_dataset(folder), set())
 
-    back = msgspec.json.decode((folder / "annotations.json").read_bytes())
-
-    def named(content: dict[str, Any]) -> dict[str, Any]:
-        """Put names where ids are, which are written anew."""
-        files = {image["id"]: image["file_name"] for image in content["images"]}
-        names = {category["id"]: category["name"] for category in content["categories"]}
-        return {
-            "images": [{k: v for k, v in image.items() if k != "id"} for image in content["images"]],
-            "annotations": [
-                {
-                    **{k: v for k, v in box.items() if k != "id"},
-                    "image_id": files[box["image_id"]],
-                    "category_id": names[box["category_id"]],
-                }
-                for box in content["annotations"]
-            ],
-            "categories": [names[number] for number in sorted(names)],
-        }
-
-    assert named(back) == named(original)
-    for table in ("images", "annotations", "categories"):
-        assert [record["id"] for record in back[table]] == list(range(1, len(original[table]) + 1))
-    assert set(original) - set(back) == {"info", "licenses"}, "the two that the module says are not kept"
+    assert msgspec.json.decode((folder / "annotations.json").read_bytes()) == original
     twice, _ = written(read_dataset(folder), tmp_path / "again", "coco")
     assert (twice / "annotations.json").read_bytes() == (folder / "annotations.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("images", "categories", "boxes"), [(7, -3, 40), ("p", "c", "b"), (0, 0, 0), (1, 1, 1), (2**60, 5, "2")]
+)
+def test_coco_keeps_every_id(tmp_path: Path, images: int | str, categories: int | str, boxes: int | str) -> None:
+    """Numbers, negative ones among them, and text; in any order."""
+    original = coco_of_all_kinds(tmp_path / "in")
+
+    def renumber(table: str, first: int | str, *references: str) -> None:
+        other = {
+            r["id"]: (i * 3 + first if isinstance(first, int) else first * (i + 1))
+            for i, r in enumerate(original[table])
+        }
+        for record in original[table]:
+            record["id"] = other[record["id"]]
+        for box, reference in product(original["annotations"], references):
+            box[reference] = other[box[reference]]
+
+    renumber("images", images, "image_id")
+    renumber("categories", categories, "category_id")
+    renumber("annotations", boxes)
+    (tmp_path / "in/annotations.json").write_bytes(msgspec.json.encode(original))
+    folder, told = written(read_dataset(tmp_path / "in"), tmp_path / "out", "coco")
+    assert told == {}
+    assert msgspec.json.decode((folder / "annotations.json").read_bytes()) == original
+
+
+def test_coco_splits_keep_what_each_file_says(tmp_path: Path) -> None:
+    """Files of splits whose headings differ, and whose ids are their own."""
+    original = coco_of_all_kinds(tmp_path / "in")
+    (tmp_path / "in/annotations.json").unlink()
+    (tmp_path / "in/annotations").mkdir()
+    files = {}
+    for split, image in (("train", 0), ("val", 1)):
+        kept = original["images"][image]
+        files[split] = {
+            **original,
+            "info": {"description": split},
+            "images": [kept],
+            "annotations": [box for box in original["annotations"] if box["image_id"] == kept["id"]],
+        }
+        (tmp_path / f"in/annotations/{split}.json").write_bytes(msgspec.json.encode(files[split]))
+    data = read_dataset(tmp_path / "in")
+    folder, told = written(data, tmp_path / "out", "coco")
+    assert told == {}
+    assert {f.stem: msgspec.json.decode(f.read_bytes()) for f in (folder / "annotations").iterdir()} == files
+    one = data.take(range(2))
+    with pytest.warns(DetkitWarning, match=r"coco: left behind: 'info' of .*val\.json, which another file contradicts"):
+        write_dataset(one, tmp_path / "one", "coco")
+    written(data.splits["val"], tmp_path / "val", "coco")
+    assert msgspec.json.decode((tmp_path / "val/annotations.json").read_bytes()) == files["val"]
+
+
+def test_what_coco_says_beside_the_boxes_is_told_by_others(tmp_path: Path) -> None:
+    coco_of_all_kinds(tmp_path / "in")
+    data = read_dataset(tmp_path / "in")
+    _, told = written(data, tmp_path / "out", "voc")
+    beside = {"info": 1, "licenses": 1, "type": 1, "supercategory": 2, "skeleton": 1, "ids": 3 + 3 + 5}
+    assert {**beside, "order of categories": 1}.items() <= told.items()
+
+
+def test_merged_ids_that_clash_are_numbered_anew(tmp_path: Path) -> None:
+    coco_of_all_kinds(tmp_path / "in")
+    data = read_dataset(tmp_path / "in")
+    both = merge([data, data], prefixes=["a", "b"])
+    with pytest.warns(DetkitWarning, match="the ids of images, .*; the ids of annotations, "):
+        folder = write_dataset(both, tmp_path / "out", "coco")
+    back = msgspec.json.decode((Path(folder) / "annotations.json").read_bytes())
+    assert [image["id"] for image in back["images"]] == list(range(1, 7))
+    assert [box["id"] for box in back["annotations"]] == list(range(1, 11))
+    assert read_dataset(folder).boxes.tolist() == both.boxes.tolist()
 
 
 def voc_year(root: Path, year: int) -> Dataset:

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
-from detkit import read_dataset, write_dataset
-from detkit.boxes import xyxy_to_xywh
+from detkit import plugins, read_dataset, write_dataset
+from detkit.boxes import xywh_to_xyxy, xyxy_to_xywh
 from detkit.data import Dataset, Sample
 from detkit.errors import InvalidData
 from detkit.formats.coco import to_coco
 from detkit.formats.findings import count_codes
+from detkit.formats.parallel import Helper
 from detkit.testing import FormatTests, tiny_dataset
 
 if TYPE_CHECKING:
@@ -221,7 +222,8 @@ def test_bad_tables(tmp_path: Path) -> None:
         ('{"images": [1, 2', r"line 1, column \d+: not JSON"),
         ("", r"not JSON"),
         ('[{"image_id": 1}]', r"expected an object with 'images'"),
-        ('{"images": {}, "categories": []}', r"Expected `array`"),
+        ('{"images": {}, "categories": []}', r"'images' is {}; expected a list"),
+        ('{"images": [], "categories": {}}', r"'categories' is {}; expected a list"),
         ('{"images": [NaN], "annotations": 3, "categories": {}}', r"expected an object, found nan"),
         ('{"images": [], "annotations": []}', r"no 'categories'.*JumpStart"),
         ('{"images": [], "annotations": {}, "categories": []}', r"'annotations' is {}; expected a list"),
@@ -338,6 +340,45 @@ def test_every_detection_file_is_read(tmp_path: Path) -> None:
     assert {name: len(part) for name, part in data.splits.items()} == {"train": 2, "val": 2}
 
 
+def test_many_files_are_splits_and_labelme_is_none(tmp_path: Path) -> None:
+    """A folder is not refused for its many files; which has one for each image is told by some of them."""
+    for i in range(70):
+        put(tmp_path / "coco", document(), f"annotations/part{i:02}.json")
+    assert len(read_dataset(tmp_path / "coco").split_indices) == 70
+    labelme = {"version": "5", "shapes": [], "imagePath": "a.jpg", "imageData": "AAAA" * 1000}
+    for i in range(70):
+        (tmp_path / "labelme").mkdir(exist_ok=True)
+        (tmp_path / f"labelme/{i:03}.json").write_text(json.dumps(labelme))
+    assert not plugins.formats()["coco"].sniff(tmp_path / "labelme")
+    content = {**document(), "info": "x" * 5000}
+    put(tmp_path / "labelme", content, "instances.json")
+    assert len(read_dataset(tmp_path / "labelme")) == 2, "the largest is the one"
+
+
+def test_empty_segmentations_stay(tmp_path: Path) -> None:
+    """Many tools write one for each box; a table with nothing else is read without looking at each record."""
+    content = document()
+    content["annotations"] = [{**box, "area": 9, "segmentation": []} for box in content["annotations"]]
+    data = read_dataset(put(tmp_path / "in", content))
+    assert to_coco(data) == content
+    assert plugins.formats()["voc"].not_carried(data) == {"crowd": 1, "area": 2}
+    content["annotations"][1]["segmentation"] = [[0, 0, 9, 0, 9, 9]]
+    assert to_coco(read_dataset(put(tmp_path / "in", content))) == content
+
+
+@given(
+    boxes=st.lists(st.tuples(*[st.integers(-(10**10), 10**13)] * 2, *[st.integers(0, 10**13)] * 2), max_size=6),
+    decimals=st.integers(0, 9),
+)
+def test_decimals_come_back(boxes: list[tuple[int, int, int, int]], decimals: int) -> None:
+    """Left and width become edges and width again; nine decimals of numbers below 10,000 are always the same."""
+    xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4) / 10.0**9
+    xywh = np.round(xywh, decimals)
+    sample = Sample(path="a.jpg", width=64, height=64, boxes=xywh_to_xyxy(xywh), names=("disc",) * len(boxes))
+    content = to_coco(Dataset.from_samples(("disc",), [sample]))
+    assert [annotation["bbox"] for annotation in content["annotations"]] == xywh.tolist()
+
+
 def test_files_in_two_places_are_refused(tmp_path: Path) -> None:
     put(tmp_path, document())
     put(tmp_path, document(), "train/_annotations.coco.json", "train")
@@ -417,7 +458,7 @@ def test_pieces_join_without_a_seam(
     content["images"][0]["camera"] = [{"x": 1}, {"y": "},{"}]
     put(tmp_path, json.dumps(content, indent=indent))
     whole = read_dataset(tmp_path)
-    monkeypatch.setattr("detkit.formats.cococolumns._PIECE", piece)
+    monkeypatch.setattr("detkit.formats.cocoscan.PIECE", piece)
     data = read_dataset(tmp_path)
     assert data.digest() == whole.digest()
     for column in ("extra", "box_extra", "masks", "image_ids"):
@@ -431,7 +472,7 @@ def test_pieces_join_without_a_seam(
 
 @pytest.mark.parametrize("piece", [1, 500, 1 << 20])
 def test_findings_have_the_record_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr("detkit.formats.cococolumns._PIECE", piece)
+    monkeypatch.setattr("detkit.formats.cocoscan.PIECE", piece)
     content = many(60)
     for i, change in {
         3: {"bbox": None},
@@ -459,13 +500,116 @@ def test_findings_have_the_record_of_the_file(tmp_path: Path, monkeypatch: pytes
 
 def test_cuts_in_the_wrong_place_cost_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every place where one might cut lies within one record; 50,000 attempts of 400 kB each would take minutes."""
-    monkeypatch.setattr("detkit.formats.cococolumns._PIECE", 1)
+    monkeypatch.setattr("detkit.formats.cocoscan.PIECE", 1)
     content = document()
     content["annotations"][0]["attributes"] = [{"a": 1}] * 50_000
     put(tmp_path, content)
     began = time.process_time()
     assert read_dataset(tmp_path).box_extra[0]["attributes"][-1] == {"a": 1}  # type: ignore[index]
     assert time.process_time() - began < 5
+
+
+def odd(seed: int) -> Document:
+    """A megabyte of boxes, most of them plain, with every kind of fault and what looks like the end of a record."""
+    content = many(12_000)
+    choose = random.Random(seed)
+    changes: list[Document] = [
+        {"bbox": None},
+        {"bbox": [1, 2, 3, "4"]},
+        {"image_id": 9},
+        {"image_id": "1"},
+        {"id": 5},
+        {"id": 2**70},
+        {"iscrowd": "0"},
+        {"iscrowd": 1, "difficult": 1},
+        {"area": -1},
+        {"segmentation": []},
+        {"segmentation": [[1, 2, 3, 4, 5, 6]]},
+        {"score": 0.5},
+        {"note": '}, {"id": 3}], \\" }, {' * 50},
+        {"attributes": [{"a": 1}, {"b": "}, {"}, {"c": [{}, {}]}] * 5000},
+    ]
+    for change in changes:
+        content["annotations"][choose.randrange(2000, 8000)] |= change
+    content["annotations"][6000] |= changes[-1]  # where the second of two shares would begin
+    return content
+
+
+def outcome(path: Path) -> list[object]:
+    """Everything that was read, and everything that is wrong with it."""
+    with pytest.raises(InvalidData) as caught:
+        read_dataset(path)
+    data = caught.value.partial
+    assert data is not None
+    assert len(data.boxes) > 11_000
+    return [
+        caught.value.findings,
+        data.digest(),
+        data.records.tolist(),
+        data.masks,
+        data.box_extra,
+        data.area.tolist(),
+        data.difficult.tolist(),
+    ]
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What helpers wrote, of which even a small file has some here."""
+    given: list[bytes] = []
+    answer = Helper.answer
+    monkeypatch.setattr(Helper, "answer", lambda helper: given.append(answer(helper)) or given[-1])
+    monkeypatch.setattr("detkit.formats.cococolumns._BYTES_PER_HELPER", 1 << 17)
+    monkeypatch.setenv("DETKIT_WORKERS", "1")
+    return given
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_helpers_decode_what_one_process_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[bytes], seed: int, indent: int | None
+) -> None:
+    put(tmp_path, "\ufeff" * (seed == 1) + json.dumps(odd(seed), indent=indent))
+    alone = outcome(tmp_path)
+    assert len(alone[0]) == 7  # type: ignore[arg-type]
+    assert not answers
+    for workers in (2, 5):
+        monkeypatch.setenv("DETKIT_WORKERS", str(workers))
+        assert outcome(tmp_path) == alone
+        assert len(answers) == workers - 1
+        assert workers == 2 or len(answers[-1]) > 100_000
+        answers.clear()
+
+
+@pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false", "/bin/echo", "killed"])
+def test_without_helpers_one_process_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[bytes], executable: str
+) -> None:
+    put(tmp_path, odd(0))
+    alone = outcome(tmp_path)
+    (tmp_path / "killed").write_text("#!/bin/sh\necho 12345678\nkill -9 $$\n")
+    (tmp_path / "killed").chmod(0o755)
+    monkeypatch.setenv("DETKIT_WORKERS", "3")
+    monkeypatch.setattr("sys.executable", str(tmp_path / executable))
+    assert outcome(tmp_path) == alone
+    assert len(answers) == 2
+
+
+@pytest.mark.usefixtures("answers")
+def test_helpers_end_with_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, many(12_000))
+    monkeypatch.setenv("DETKIT_WORKERS", "3")
+
+    asked: list[Helper] = []
+
+    def interrupted(helper: Helper) -> bytes:
+        asked.append(helper)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Helper, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read_dataset(tmp_path)
+    assert [helper._process.returncode is not None for helper in asked] == [True]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

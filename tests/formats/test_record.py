@@ -16,7 +16,8 @@ from PIL import Image
 
 import detkit
 from detkit import read_dataset, write_dataset
-from detkit.data import Sample, concatenate
+from detkit.columns import concatenate
+from detkit.data import Sample
 from detkit.drawing import draw
 from detkit.errors import DetkitWarning, InvalidData, UsageError
 from detkit.files import file_sha256

@@ -16,10 +16,11 @@ from PIL import Image
 from detkit import read_dataset, write_dataset
 from detkit.data import Dataset
 from detkit.errors import DetkitWarning, InvalidData
-from detkit.formats import vocscan
+from detkit.formats import vocxml
 from detkit.formats.checks import check_annotations
 from detkit.formats.findings import count_codes
 from detkit.formats.imagefiles import read_headers
+from detkit.formats.parallel import Helper
 from detkit.formats.vocxml import Objects
 from detkit.testing import FormatTests, tiny_dataset
 
@@ -381,20 +382,20 @@ def test_helpers_read_what_one_process_reads(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("DETKIT_WORKERS", "1")
     alone = columns(files)
     assert len(alone[-1]) == 27  # type: ignore[arg-type]
-    started: list[list[str]] = []
-    monkeypatch.setattr(vocscan, "_FILES_PER_HELPER", 10)
-    original = vocscan._start
-    monkeypatch.setattr(vocscan, "_start", lambda piece: started.append(piece) or original(piece))
+    answered: list[int] = []
+    answer = Helper.answer
+    monkeypatch.setattr(Helper, "answer", lambda helper: [answer(helper), answered.append(helper._process.wait())][0])
+    monkeypatch.setattr(vocxml, "_FILES_PER_HELPER", 10)
     monkeypatch.setenv("DETKIT_WORKERS", "3")
     assert columns(files) == alone
-    assert [len(piece) for piece in started] == [14, 14]
+    assert answered == [0, 0]
 
 
 @pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false", "/bin/echo"])
 def test_without_helpers_one_process_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executable: str) -> None:
     files = odd_files(tmp_path)
     alone = columns(files)
-    monkeypatch.setattr(vocscan, "_FILES_PER_HELPER", 10)
+    monkeypatch.setattr(vocxml, "_FILES_PER_HELPER", 10)
     monkeypatch.setenv("DETKIT_WORKERS", "3")
     monkeypatch.setattr("sys.executable", executable)
     assert columns(files) == alone

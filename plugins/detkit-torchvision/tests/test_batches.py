@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from detkit.data import Dataset, Sample
 from detkit.loop import epoch_order, load_ahead
-from detkit_torchvision.batches import Batch, Inputs, augment, cache_budget, load_batch
+from detkit_torchvision.batches import Batch, Inputs, augment, cache_budget, load_batch, mosaic
 
-EVERYTHING = ("zoom", "hflip", "vflip", "color")
+ALONE = ("zoom", "hflip", "vflip", "color")
+EVERYTHING = (*ALONE, "mosaic")
 
 
 def collect(data: Dataset, steps: range, num_workers: int, seed: int = 3) -> list[Batch]:
@@ -42,7 +46,7 @@ def test_workers_and_resume_change_nothing(tiny: Dataset) -> None:
     assert not same(whole, collect(tiny, range(8), num_workers=0, seed=4))
 
 
-@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("name", ALONE)
 def test_boxes_follow_their_pixels(name: str) -> None:
     """A bright rectangle on black: after each change its box is where the bright pixels are."""
     image = torch.zeros(3, 64, 96, dtype=torch.uint8)
@@ -78,3 +82,28 @@ def test_crowd_regions_are_no_targets(tiny: Dataset) -> None:
     assert len(first.names) > 0
     assert boxes.shape == (0, 4)
     assert len(labels) == 0
+
+
+def test_a_mosaic_shows_four_images_and_their_boxes(tmp_path: Path) -> None:
+    """Each image is one bright rectangle: whatever is bright in a mosaic is in a box, and each box is bright."""
+    samples = []
+    for i in range(5):
+        pixels = np.zeros((64, 64, 3), dtype=np.uint8)
+        pixels[8 : 30 + 5 * i, 12 : 28 + 6 * i] = 50 * (i + 1)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        box = np.array([[12.0, 8.0, 28.0 + 6 * i, 30.0 + 5 * i]])
+        samples.append(Sample(path=str(tmp_path / f"{i}.png"), width=64, height=64, boxes=box, names=("bolt",)))
+    inputs = Inputs(Dataset.from_samples(["bolt"], samples), "fcos_tiny", 64, cache_budget())
+    several = 0
+    for seed in range(40):
+        image, boxes, labels = mosaic(inputs, 0, 1, np.random.default_rng(seed))
+        assert image.shape == (3, 64, 64)
+        assert len(labels) == len(boxes) and set(labels.tolist()) <= {1}
+        assert (boxes >= 0).all() and (boxes <= 64).all()
+        bright = image[0] > 0
+        for x0, y0, x1, y1 in boxes.astype(int).tolist():
+            assert bright[y0:y1, x0:x1].all()
+        inside = sum(int((y1 - y0) * (x1 - x0)) for x0, y0, x1, y1 in boxes.astype(int).tolist())
+        assert inside <= int(bright.sum())  # slivers that are cut off have no box
+        several += len(boxes) > 1
+    assert several > 4

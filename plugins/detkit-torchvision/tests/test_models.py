@@ -113,8 +113,8 @@ def test_stock_models_are_torchvisions(model: str) -> None:
 
 def test_interrupted_step_by_step(tiny: Dataset, tmp_path: Path) -> None:
     """Training that stops and resumes in the middle of an epoch ends with the very same weights."""
-    every_change = ("hflip", "zoom", "color", "vflip")
-    settings = {"iterations": 6, "checkpoint_every": "2 iterations", "augmentations": every_change}
+    every_change = ("hflip", "zoom", "color", "vflip", "mosaic")
+    settings = {"iterations": 6, "checkpoint_every": "2 iterations", "augmentations": every_change, "ema_decay": 0.9}
     whole = make_job("fcos_tiny", tiny, **settings)
     lay = lay_out(tmp_path / "whole", whole, tiny)
     TorchvisionEngine().train(whole, lay)

@@ -6,11 +6,12 @@ Codes are stable. An *error* stops training, a *warning* is worth a look, a *not
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from detkit.checking.classes import check_classes
-from detkit.checking.limits import check_limits
+from detkit.checking.limits import check_corners, check_limits, declared
 from detkit.checking.pictures import check_pictures, orphans
 from detkit.checking.places import locate
 from detkit.data import Dataset
@@ -81,11 +82,17 @@ def read_and_check(
 
 
 def _check(data: Dataset, look: Look) -> list[Finding]:
+    found = _look_through(data, look)
+    return [f if f.image is None or f.image_file else replace(f, image_file=data.paths[f.image]) for f in found]
+
+
+def _look_through(data: Dataset, look: Look) -> list[Finding]:
     if not len(data):
         return check_annotations(data, None)
-    doubtful = [*check_classes(data), *check_limits(data)]
+    doubtful = [*check_classes(data), *check_limits(data), *check_corners(data)]
     if look == "none":
         return [*doubtful, *check_annotations(data, None)]
     facts = look_at(data.paths, decode=look == "pixels")
     headers = [fact if isinstance(fact, ImageError) else fact.header for fact in facts]
-    return [*doubtful, *check_pictures(data, facts), *check_annotations(data, headers)]
+    strict = [limits.who for limits in declared() if limits.three_channels]
+    return [*doubtful, *check_pictures(data, facts, strict), *check_annotations(data, headers)]

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from detkit import plugins
+from detkit.dialects import SAGEMAKER_OBJECT_DETECTION, Limits
 from detkit.formats.findings import Finding
 
 if TYPE_CHECKING:
@@ -15,8 +17,19 @@ if TYPE_CHECKING:
 
 COCO_MAX_DETECTIONS = 100
 """Detections of an image that COCO's protocol counts (``maxDets`` of pycocotools)."""
-SAGEMAKER_LABEL_WIDTH = 350
-"""Default of ``label_width`` of SageMaker's built-in object detection: numbers in the label of an image."""
+
+_FIRST_IDS = {"id": (0, 1), "class_id": (0,), "category_id": (0,)}
+"""How formats call the id of a class, and where their ids may begin: COCO's, SageMaker's, JumpStart's."""
+_MANIFESTS = (".manifest", ".jsonl")
+_LEAST_OUTSIDE, _LEAST_BOXES = 0.25, 4
+_TOLERANCE_PX = 1.0
+
+
+def declared() -> list[Limits]:
+    """Return the limits of SageMaker's algorithm, whose formats are built in, and those of installed dialects."""
+    found = [SAGEMAKER_OBJECT_DETECTION]
+    dialects = [dialect for backend in plugins.backends().values() for dialect in backend.dialects]
+    return [*found, *(d.limits for d in dialects if d.limits is not None and d.limits not in found)]
 
 
 def label_width(data: Dataset) -> int:
@@ -28,28 +41,92 @@ def label_width(data: Dataset) -> int:
 def check_limits(data: Dataset) -> Iterator[Finding]:
     """Yield a note for each limit of others that this data goes beyond, at the image that goes furthest."""
     counts = data.boxes_per_image()
-    fullest = int(np.argmax(counts))
 
-    def note(code: str, message: str) -> Finding:
+    def note(code: str, message: str, image: int | None = None) -> Finding:
+        source = data.sources[image or 0]
         return Finding(
             code=code,
             severity="note",
             message=message,
-            file=data.sources[fullest] or data.paths[fullest],
-            image=fullest,
-            place=data.image_ids[fullest],
+            file=source or ("" if image is None else data.paths[image]),
+            image=image,
+            place="" if image is None else data.image_ids[image],
         )
 
+    fullest = int(np.argmax(counts))
     if counts[fullest] > COCO_MAX_DETECTIONS:
         over = int((counts > COCO_MAX_DETECTIONS).sum())
         yield note(
             "crowded-image",
             f"{over} image(s) have more boxes than the {COCO_MAX_DETECTIONS} detections that COCO's protocol counts, "
             f"this one {counts[fullest]}; train and evaluate with max_detections={2 * int(counts[fullest])}",
+            fullest,
         )
-    if label_width(data) > SAGEMAKER_LABEL_WIDTH:
-        yield note(
-            "sagemaker-label-width",
-            f"with {counts[fullest]} boxes, SageMaker's built-in object detection needs label_width="
-            f"{label_width(data)}, and stops at its default of {SAGEMAKER_LABEL_WIDTH}",
-        )
+    ids = _ids_told(data)
+    empty = [i for i in np.flatnonzero(counts == 0).tolist() if data.sources[i].lower().endswith(_MANIFESTS)]
+    for limits in declared():
+        if limits.label_width is not None and label_width(data) > limits.label_width:
+            yield note(
+                "sagemaker-label-width",
+                f"with {counts[fullest]} boxes, {limits.who} needs label_width={label_width(data)}, and stops at its "
+                f"default of {limits.label_width}",
+                fullest,
+            )
+        if limits.ids_from_zero and ids:
+            yield note(
+                "class-ids",
+                f"{ids}; {limits.who} takes 0 to {len(data.classes) - 1} without gaps, which `detkit convert DATA OUT "
+                "--to manifest`, or any of its other formats, writes",
+            )
+        if limits.needs_objects and empty:
+            yield note(
+                "no-objects",
+                f"{len(empty)} line(s), of which this is the first, have no box, on which {limits.who} fails; leave "
+                "them out of the manifest that it gets",
+                empty[0],
+            )
+
+
+def _ids_told(data: Dataset) -> str:
+    """Say what is unusual about the class ids of the file; nothing where they begin as usual and have no gaps."""
+    for key, begins in _FIRST_IDS.items():
+        kept = [extra.get(key) for extra in data.class_extra or ()]
+        ids = sorted(number for number in kept if type(number) is int)
+        if len(ids) == len(kept) > 0 and all(ids != list(range(at, at + len(ids))) for at in begins):
+            gaps = " with gaps" if ids[-1] - ids[0] >= len(ids) else ""
+            return f"the class ids of the file are {ids[0]} to {ids[-1]}{gaps} for {len(ids)} classes"
+    return ""
+
+
+def check_corners(data: Dataset) -> Iterator[Finding]:
+    """Yield an error where boxes are corners and were read as left, top, width, height.
+
+    Then many hang far out of their images, and every one lies in its image if its width and height are taken for the
+    right and lower edge.
+    """
+    if len(data.boxes) < _LEAST_BOXES:
+        return
+    owner = np.repeat(np.arange(len(data)), data.boxes_per_image())
+    sizes = data.sizes[owner]
+    low, high = data.boxes[:, :2], data.boxes[:, 2:]
+    with np.errstate(invalid="ignore"):
+        sides = high - low
+    outside = (high > sizes + _TOLERANCE_PX).any(axis=1)
+    if outside.mean() < _LEAST_OUTSIDE or not ((sides > low) & (sides <= sizes + _TOLERANCE_PX)).all():
+        return
+    row = int(np.flatnonzero(outside)[0])
+    image = int(owner[row])
+    x, y, w, h = (f"{value:g}" for value in (*low[row], *sides[row]))
+    yield Finding(
+        code="sizes-are-corners",
+        severity="error",
+        message=f"{int(outside.sum())} of {len(data.boxes)} boxes lie outside of their images, and all fit if their "
+        f"widths and heights are right and lower edges. this one, left {x}, top {y}, width {w}, height {h}, probably "
+        f"goes from {x}, {y} to {w}, {h}; write its width {sides[row, 0] - low[row, 0]:g} and height "
+        f"{sides[row, 1] - low[row, 1]:g}, and so for all",
+        file=data.sources[image] or data.paths[image],
+        image=image,
+        box=row,
+        record=int(data.records[row]),
+        place=data.image_ids[image],
+    )

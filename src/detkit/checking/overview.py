@@ -5,9 +5,6 @@ The page is a single file that fetches nothing. Every text from the data is esca
 
 from __future__ import annotations
 
-import base64
-import io
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +14,7 @@ from detkit import images
 from detkit.errors import ImageError
 from detkit.files import atomic_write
 from detkit.formats.findings import count_codes
+from detkit.pages import data_uri, text
 from detkit.progress import track
 
 if TYPE_CHECKING:
@@ -70,22 +68,22 @@ def write_overview(data: Dataset | None, findings: Sequence[Finding], file: Path
     """
     page = "\n".join(_page(data, findings, title))
     with atomic_write(file) as stream:
-        stream.write(page.encode(errors="backslashreplace"))
+        stream.write(page.encode())
 
 
 def _page(data: Dataset | None, findings: Sequence[Finding], title: str) -> Iterator[str]:
     severities = {name: sum(f.severity == name for f in findings) for name in ("error", "warning", "note")}
     yield '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
-    yield f"<h1>{escape(title)}</h1>"
+    yield f"<title>{text(title)}</title><style>{_STYLE}</style></head><body>"
+    yield f"<h1>{text(title)}</h1>"
     tiles: dict[str, int] = {}
     if data is not None:
         tiles = {"images": len(data), "boxes": len(data.boxes), "classes": len(data.classes)}
         tiles |= {f"split {name}": len(at) for name, at in data.split_indices.items()}
     tiles |= {f"{name}s": count for name, count in severities.items()}
     yield '<div class="tiles">'
-    yield from (f"<div><b>{count:,}</b>{escape(name)}</div>" for name, count in tiles.items())
+    yield from (f"<div><b>{count:,}</b>{text(name)}</div>" for name, count in tiles.items())
     yield "</div>"
     yield from _findings(findings)
     if data is not None:
@@ -122,8 +120,8 @@ def _findings(findings: Sequence[Finding]) -> Iterator[str]:
         first = next(finding for finding in findings if finding.code == code)
         place = ": ".join(part for part in (first.file, first.place) if part)
         yield (
-            f'<tr><td class="{first.severity}">{escape(code)}</td><td class="n">{count:,}</td>'
-            f'<td>{escape(first.message)}<div class="faint">{escape(place)}</div></td></tr>'
+            f'<tr><td class="{first.severity}">{text(code)}</td><td class="n">{count:,}</td>'
+            f'<td>{text(first.message)}<div class="faint">{text(place)}</div></td></tr>'
         )
     yield "</table>"
 
@@ -135,15 +133,15 @@ def _classes(data: Dataset) -> Iterator[str]:
     for name, count in counts.items():
         width = 100 * count / most
         yield (
-            f'<tr><td>{escape(name)}</td><td class="n">{count:,}</td>'
+            f'<tr><td>{text(name)}</td><td class="n">{count:,}</td>'
             f'<td style="width:50%"><div class="bar" style="width:{width:.1f}%"></div></td></tr>'
         )
     yield "</table>"
     shown = [name for name in data.classes if counts[name]][:_MOST_CLASSES]
     crops = _crops(data, shown)
     for name in shown:
-        yield f'<h2>{escape(name)}</h2><div class="crops">'
-        yield from (f'<img alt="{escape(alt, quote=True)}" src="{source}">' for alt, source in crops[name])
+        yield f'<h2>{text(name)}</h2><div class="crops">'
+        yield from (f'<img alt="{text(alt)}" src="{source}">' for alt, source in crops[name])
         yield "</div>"
 
 
@@ -165,7 +163,7 @@ def _crops(data: Dataset, names: Sequence[str]) -> dict[str, list[tuple[str, str
         for row in rows:
             crop = _crop(pixels, data.boxes[row])
             if crop is not None:
-                found[data.classes[int(data.labels[row])]].append((data.image_ids[i], _data_uri(crop, "JPEG")))
+                found[data.classes[int(data.labels[row])]].append((data.image_ids[i], data_uri(crop, "JPEG")))
     return found
 
 
@@ -181,12 +179,6 @@ def _crop(pixels: images.Image, box: NDArray[np.float64]) -> PillowImage.Image |
     crop = PillowImage.fromarray(np.ascontiguousarray(pixels[y0:y1, x0:x1]))
     wanted = max(1, min(3 * _CROP_SIDE, round(crop.width * _CROP_SIDE / crop.height)))
     return crop.resize((wanted, _CROP_SIDE), PillowImage.Resampling.BICUBIC)
-
-
-def _data_uri(picture: PillowImage.Image, kind: str) -> str:
-    stream = io.BytesIO()
-    picture.save(stream, kind, quality=80)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _histogram(values: NDArray[np.float64], caption: str, remark: str) -> str:
@@ -214,9 +206,9 @@ def _histogram(values: NDArray[np.float64], caption: str, remark: str) -> str:
     texts = "".join(f'<text x="{x}" y="{base + 15}" text-anchor="{a}">{_short(v)}</text>' for a, x, v in labels)
     middle = _short(float(np.median(values)))
     return (
-        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(caption, quote=True)}">'
+        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{text(caption)}">'
         f'{bars}<line x1="0" x2="{width}" y1="{base}" y2="{base}"/>{texts}</svg>'
-        f"<figcaption>{escape(caption)}; median {middle}{f'. {escape(remark)}' if remark else ''}</figcaption></figure>"
+        f"<figcaption>{text(caption)}; median {middle}{f'. {text(remark)}' if remark else ''}</figcaption></figure>"
     )
 
 
@@ -240,7 +232,7 @@ def _heat_map(data: Dataset) -> str:
     heat = edges.cumsum(axis=0).cumsum(axis=1)[:_GRID, :_GRID]
     strength = (255 * heat / max(int(heat.max()), 1)).astype(np.uint8)
     ramp = np.stack([strength, (strength * 0.55).astype(np.uint8), 96 - (strength * 0.3).astype(np.uint8)], axis=2)
-    source = _data_uri(PillowImage.fromarray(ramp), "PNG")
+    source = data_uri(PillowImage.fromarray(ramp), "PNG")
     return (
         f'<figure class="map"><img alt="places of boxes" src="{source}">'
         f"<figcaption>Places: how many boxes cover each part of the picture; the brightest {int(heat.max()):,}"

@@ -34,8 +34,13 @@ _FLAT_BITS = 24
 """A hash with fewer bits set, or unset, is of a picture without structure, which resembles every other such picture."""
 
 
-def check_pictures(data: Dataset, facts: Sequence[ImageFacts | ImageError]) -> Iterator[Finding]:
-    """Yield what is wrong with the images themselves; files that cannot be opened at all are told by their headers."""
+def check_pictures(
+    data: Dataset, facts: Sequence[ImageFacts | ImageError], strict: Sequence[str] = ()
+) -> Iterator[Finding]:
+    """Yield what is wrong with the images themselves; files that cannot be opened at all are told by their headers.
+
+    ``strict`` names those who take images with three channels only.
+    """
 
     def finding(i: int, code: str, severity: Severity, message: str) -> Finding:
         return Finding(code=code, severity=severity, message=message, file=data.paths[i], image=i)
@@ -46,13 +51,13 @@ def check_pictures(data: Dataset, facts: Sequence[ImageFacts | ImageError]) -> I
         if fact.fault:
             code = "truncated-image" if "truncated" in fact.fault.lower() else "unreadable-image"
             yield finding(i, code, "error", fact.fault)
-        elif fact.channels not in {0, 3}:
+        elif strict and fact.channels not in {0, 3}:
             yield finding(
                 i,
                 "channels",
                 "note",
-                f"it has {fact.channels} channel(s); detkit makes it RGB, SageMaker's built-in algorithm takes images "
-                "with 3 only",
+                f"it has {fact.channels} channel(s); detkit makes it RGB, {' and '.join(strict)} takes images with 3 "
+                "only",
             )
     roles = _Membership(data)
     same: dict[str, list[int]] = {}

@@ -67,6 +67,7 @@ def as_json(data: Dataset | None, findings: Sequence[Finding]) -> dict[str, Any]
                 "place": finding.place,
                 "record": finding.record,
                 "image": None if data is None or finding.image is None else data.image_ids[finding.image],
+                "image_file": finding.image_file or None,
             }
             for finding in findings
         ],

@@ -16,6 +16,7 @@ import detkit
 from detkit.cli import (
     backends,
     check,
+    comparison,
     curation,
     demo,
     doctor,
@@ -46,6 +47,7 @@ for verb in (check.check, curation.convert, curation.split, curation.merge, cura
 app.command(context_settings=_OPEN)(training.train)
 app.command()(prediction.predict)
 app.command()(evaluation.evaluate)
+app.command()(comparison.compare)
 app.command()(export.export)
 app.command()(models.models)
 app.command(context_settings=_OPEN)(training.explain)

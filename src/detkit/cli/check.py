@@ -48,7 +48,7 @@ def check(
     from detkit.progress import shown
 
     flags = [name.lstrip("-") for parameter in context.command.params for name in parameter.opts]
-    given = sort_words([*(words or []), *context.args], flags)
+    given = sort_words([*(words or []), *context.args], flags, "check DATA")
     if len(given.positions) != 1:
         raise UsageError(f"expected one data set, found {len(given.positions)}; type `detkit check DATA`")
     for name, value, known in (("look", look, _LOOKS), ("format", format, _FORMATS)):

@@ -198,7 +198,7 @@ class _Job:
         from detkit.errors import InvalidValue, UsageError
 
         flags = [name.lstrip("-") for parameter in context.command.params for name in parameter.opts]
-        sorted_words = sort_words([*(words or []), *context.args], flags)
+        sorted_words = sort_words([*(words or []), *context.args], flags, f"{context.info_name} {usage}")
         places = sorted_words.positions
         if len(places) != number if number is not None else len(places) < 3:
             found = f"found {', '.join(places)}" if places else "found none"

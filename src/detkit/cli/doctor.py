@@ -103,15 +103,16 @@ def _foreign_detkit() -> bool:
 def _machine() -> dict[str, Any]:
     import psutil
 
-    from detkit import reading_cache
+    from detkit import prediction_store, reading_cache
     from detkit.files import cache_folder
 
     memory = psutil.virtual_memory()
+    cached = reading_cache.cache_size() + prediction_store.store_size()
     return {
         "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
         "memory": {"total": memory.total, "available": memory.available},
         "disk_free": shutil.disk_usage(Path.cwd()).free,
-        "cache": {"path": str(cache_folder() or "off"), "size": reading_cache.cache_size()},
+        "cache": {"path": str(cache_folder() or "off"), "size": cached},
         "gpus": _gpus(),
     }
 
@@ -138,7 +139,7 @@ def _print(record: dict[str, Any]) -> None:
     print(f"cores     {record['cores']}")
     print(f"memory    {memory['total'] / _GB:.1f} GB, {memory['available'] / _GB:.1f} GB available")
     print(f"disk      {record['disk_free'] / _GB:.1f} GB free in this folder")
-    print(f"cache     {record['cache']['size'] / _GB:.1f} GB of data sets in {record['cache']['path']}")
+    print(f"cache     {record['cache']['size'] / _GB:.1f} GB of data sets and predictions in {record['cache']['path']}")
     print(
         "GPUs      " + (", ".join(f"{gpu['name']} ({gpu['memory']}, driver {gpu['driver']})" for gpu in gpus) or "none")
     )

@@ -28,10 +28,11 @@ class Words(NamedTuple):
     """Parameters and options of the backend, still text, by name with underscores."""
 
 
-def sort_words(words: Iterable[str], own_flags: Iterable[str]) -> Words:
+def sort_words(words: Iterable[str], own_flags: Iterable[str], usage: str = "") -> Words:
     """Tell data, flags and parameters apart. Raises `UsageError` for a name given twice or in the wrong way.
 
-    ``own_flags`` are the verb's own options, which cannot be given as ``name=value``.
+    ``own_flags`` are the verb's own options, which cannot be given as ``name=value``; ``usage`` is how a verb is typed
+    that does not train.
     """
     positions: list[str] = []
     settings: dict[str, str] = {}
@@ -56,8 +57,8 @@ def sort_words(words: Iterable[str], own_flags: Iterable[str]) -> Words:
             positions.append(word)
             continue
         if name in _BY_POSITION:
-            raise UsageError(f"data is given by position: `detkit train DATA [VAL]`, not as {word!r}")
-        if name in _OF_PYTHON:
+            raise UsageError(f"data is given by position: `detkit {usage or 'train DATA [VAL]'}`, not as {word!r}")
+        if name in _OF_PYTHON and not usage:
             raise UsageError(f"no parameter or option {name!r}; `detkit explain` lists them")
         if name in settings:
             raise UsageError(f"{name} is given twice: {settings[name]!r} and {value!r}")

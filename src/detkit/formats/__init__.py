@@ -14,9 +14,15 @@ from detkit.boxes import area
 from detkit.data import Dataset, Extra
 from detkit.params import Options
 
-COLUMNS = ("image_ids", "classes", "difficult", "crowd", "area", "masks", "extra", "box_extra", "split_indices")
-"""What a format may carry beyond boxes and the names of their classes; ``classes``:
-the order, and those without boxes."""
+COLUMNS = (
+    *("image_ids", "classes", "difficult", "crowd", "area", "masks"),
+    *("extra", "box_extra", "class_extra", "file_extra", "box_ids", "split_indices"),
+)
+"""What a format may carry beyond boxes and the names of their classes; ``classes``: the order, and those without
+boxes."""
+
+ID_KEYS = ("id", "class_id", "category_id")
+"""Keys of an image, object or class that hold its id in the file it comes from; told together, as ``ids``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,7 @@ class Format:
             "difficult": 0 if "difficult" in carried else int(data.difficult.sum()),
             "crowd": 0 if "crowd" in carried else int(data.crowd.sum()),
             "area": 0 if "area" in carried else int((~np.isclose(data.area, area(data.boxes), rtol=1e-9)).sum()),
-            "masks": 0 if "masks" in carried else sum(mask is not None for mask in data.masks or ()),
+            "masks": 0 if "masks" in carried else sum(map(bool, data.masks or ())),
             "splits": 0 if "split_indices" in carried else len(data.split_indices),
         }
         keys: Counter[str] = Counter()
@@ -64,6 +70,12 @@ class Format:
         for extra, count in _distinct(data.box_extra or ()):
             lost_keys = [k for k, v in extra.items() if "box_extra" not in carried or not self.carries_key(k, v)]
             keys.update(dict.fromkeys(lost_keys, count))
+        for extra in data.class_extra or () if "class_extra" not in carried else ():
+            keys.update(extra.keys())
+        for extra in data.file_extra.values() if "file_extra" not in carried else ():
+            keys.update(extra.keys())
+        numbers = 0 if "box_ids" in carried or data.box_ids is None else len(data.box_ids)
+        keys["ids"] = numbers + sum(keys.pop(key, 0) for key in ID_KEYS)
         return {name: count for name, count in {**lost, **keys}.items() if count}
 
 

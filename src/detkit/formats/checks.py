@@ -164,6 +164,7 @@ def _compare(data: Dataset, headers: Sequence[Header | ImageError]) -> _Looked:
                 message=message,
                 file=data.sources[i] or data.paths[i],
                 image=i,
+                image_file=data.paths[i],
                 place=data.image_ids[i] if data.sources[i] else "",
             )
         )

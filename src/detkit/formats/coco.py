@@ -1,14 +1,15 @@
 """COCO detection JSON: one file, or one for each split.
 
-Ids of any kind are read (from 0, from 1, with gaps, strings) and written as 1..n. Unknown keys of images and
-annotations are kept; ``info``, ``licenses`` and the other keys of categories are not. ``area`` is the object's, so
-that of its mask where there is one. A VOC "difficult" flag travels as ``"difficult": 1``.
+Ids of any kind are read (from 0, from 1, with gaps, strings), and kept for writing as everything else that means
+nothing here: unknown keys of images, annotations, categories and of the file. Without any, ids are 1..n. ``area`` is
+the object's, so that of its mask where there is one. A VOC "difficult" flag travels as ``"difficult": 1``.
 """
 
 from __future__ import annotations
 
 import mmap
 import re
+import warnings
 from itertools import repeat
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,26 +17,30 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from detkit.boxes import xyxy_to_xywh
+from detkit.boxes import Boxes, xyxy_to_xywh
 from detkit.data import Dataset, Extra
-from detkit.errors import InvalidData
+from detkit.errors import DetkitWarning, InvalidData
 from detkit.files import inside
-from detkit.formats import Format
+from detkit.formats import COLUMNS, Format
 from detkit.formats.cococolumns import KNOWN, KNOWN_OF_IMAGE
-from detkit.formats.cocojson import CocoFile
+from detkit.formats.cocojson import CATEGORY_ORDER, CocoFile
 from detkit.formats.findings import Finding
-from detkit.formats.imagefiles import folder_of, place_images, require_finite
+from detkit.formats.imagefiles import folder_of, given_folder, place_images, require_finite
 from detkit.formats.splits import SPLIT_FOLDERS, join, parts, split_names
 from detkit.params import Options
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from detkit.data import Indices
 
 _OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_")
 """How the names of files begin that COCO puts beside its detection files, about the same images."""
 _NO_EXTRA: Extra = {}
-_MOST_FILES = 64
-"""A folder with more JSON files than this is something else, such as LabelMe."""
+_TABLES = frozenset({"images", "annotations", "categories"})
+_MANY_FILES, _PROBED = 64, 16
+"""Of a folder with more JSON files, such as LabelMe's, so many of the largest and so many others are looked into."""
 
 
 class CocoOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,52 +92,139 @@ def read(path: Path, options: CocoOptions) -> Dataset:
 
 
 def to_coco(data: Dataset) -> dict[str, Any]:
-    """Return COCO's JSON object: categories 1..K in class order, images 1..n, annotations 1..m.
+    """Return COCO's JSON object, in the order and with the ids of the file that the data comes from.
 
-    Raises `InvalidData` where a box is not finite.
+    Ids are 1..n where none are known, or not each its own any more. Annotations without such an order stand image by
+    image, in class order the categories. Raises `InvalidData` where a box is not finite.
     """
+    return _content(data)[0]
+
+
+def _content(data: Dataset) -> tuple[dict[str, Any], list[str]]:
+    """Return COCO's JSON object, and what of the data it does not hold."""
     require_finite(data)
-    images: list[dict[str, Any]] = [
-        {"id": i, "file_name": name, "width": width, "height": height}
-        for i, (name, (width, height)) in enumerate(zip(data.image_ids, data.sizes.tolist(), strict=True), start=1)
+    lost: list[str] = []
+    content = _of_files(data, lost)
+    order: list[str] = content.pop(CATEGORY_ORDER, [])
+    image_ids = _ids([extra.get("id") for extra in data.extra] if data.extra else [], len(data), "images", lost)
+    content["images"] = [
+        {**extra, "id": i, "file_name": name, "width": width, "height": height}
+        for extra, i, name, (width, height) in zip(
+            data.extra if data.extra is not None else repeat(_NO_EXTRA, len(data)),
+            image_ids,
+            data.image_ids,
+            data.sizes.tolist(),
+            strict=True,
+        )
     ]
-    if data.extra is not None:
-        images = [{**extra, **image} for extra, image in zip(data.extra, images, strict=True)]
-    owner = np.repeat(np.arange(1, len(data) + 1), data.boxes_per_image())
+    of_classes = data.class_extra or (_NO_EXTRA,) * len(data.classes)
+    category_ids = _ids([extra.get("id") for extra in of_classes], len(of_classes), "categories", lost)
+    content["annotations"] = _annotations(data, image_ids, category_ids, lost)
+    categories = [
+        {**extra, "id": i, "name": name} for extra, i, name in zip(of_classes, category_ids, data.classes, strict=True)
+    ]
+    position = {name: i for i, name in enumerate(order)}
+    content["categories"] = sorted(categories, key=lambda category: position.get(category["name"], len(order)))
+    return content, lost
+
+
+def _of_files(data: Dataset, lost: list[str]) -> dict[str, Any]:
+    """Return what the files say beside their tables; of two that contradict one another, the first counts."""
+    found: dict[str, Any] = {}
+    for source, extra in data.file_extra.items():
+        for key, value in extra.items():
+            if key not in _TABLES and found.setdefault(key, value) != value:
+                lost.append(f"{key!r} of {source}, which another file contradicts")
+    return found
+
+
+def _annotations(data: Dataset, image_ids: list[Any], category_ids: list[Any], lost: list[str]) -> list[dict[str, Any]]:
+    rows = _file_order(data)
+    owner = np.repeat(np.arange(len(data)), data.boxes_per_image())[rows]
+
+    def arrange(column: Sequence[Any]) -> Iterator[Any]:
+        return iter(column if isinstance(rows, slice) else map(column.__getitem__, rows.tolist()))
+
+    if data.box_ids is not None:
+        kept = data.box_ids[rows].tolist()
+    else:
+        kept = [extra.get("id") for extra in arrange(data.box_extra)] if data.box_extra else []
     annotations: list[dict[str, Any]] = [
         {**extra, "id": i, "image_id": image, "category_id": label, "bbox": bbox, "area": area, "iscrowd": crowd}
-        for i, (extra, image, label, bbox, area, crowd) in enumerate(
-            zip(
-                data.box_extra if data.box_extra is not None else repeat(_NO_EXTRA, len(owner)),
-                owner.tolist(),
-                (data.labels + 1).tolist(),
-                _numbers(xyxy_to_xywh(data.boxes)),
-                _numbers(data.area),
-                data.crowd.astype(int).tolist(),
-                strict=True,
-            ),
-            start=1,
+        for extra, i, image, label, bbox, area, crowd in zip(
+            arrange(data.box_extra) if data.box_extra is not None else repeat(_NO_EXTRA, len(owner)),
+            _ids(kept, len(owner), "annotations", lost),
+            np.array(image_ids, dtype=object)[owner].tolist(),
+            np.array(category_ids, dtype=object)[data.labels[rows]].tolist(),
+            _numbers(_xywh(data.boxes[rows])),
+            _numbers(data.area[rows]),
+            data.crowd[rows].astype(int).tolist(),
+            strict=True,
         )
     ]
     if data.masks is not None:
-        for annotation, mask in zip(annotations, data.masks, strict=True):
+        for annotation, mask in zip(annotations, arrange(data.masks), strict=True):
             if mask is not None:
                 annotation["segmentation"] = mask
-    for row in np.flatnonzero(data.difficult).tolist():
+    for row in np.flatnonzero(data.difficult[rows]).tolist():
         annotations[row]["difficult"] = 1
-    categories = [{"id": i, "name": name} for i, name in enumerate(data.classes, start=1)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    return annotations
+
+
+def _file_order(data: Dataset) -> Indices | slice:
+    """Return the rows in the order of their records, where these are all of one file and each has its own."""
+    if len(set(data.sources)) > 1 or (np.diff(data.records) > 0).all():
+        return slice(None)
+    order = np.argsort(data.records, kind="stable")
+    return order if (np.diff(data.records[order]) > 0).all() else slice(None)
+
+
+def _ids(kept: Sequence[Any], count: int, table: str, lost: list[str]) -> list[Any]:
+    """Return the ids that are kept, with the record's position for one without; 1..n where not all differ."""
+    known = [i if isinstance(i, (int, str)) else None for i in kept]
+    if known.count(None) == len(known):
+        return list(range(1, count + 1))
+    filled = [position if i is None else i for position, i in enumerate(known, start=1)]
+    if len(set(filled)) == count:
+        return filled
+    lost.append(f"the ids of {table}, some of which are there twice; they are 1 to {count} now")
+    return list(range(1, count + 1))
+
+
+def _xywh(boxes: Boxes) -> Boxes:
+    """Return left, top, width, height. Of the widths that lead to the same right edge the one with the fewest decimals
+    is taken, which is the one that was read, if it had no more than nine."""
+    exact = xyxy_to_xywh(boxes)
+    low, sides, high = boxes[:, :2], exact[:, 2:], boxes[:, 2:]
+    pending = sides != np.rint(sides)
+    for decimals in range(1, 10):
+        if not pending.any():
+            break
+        short = np.round(sides, decimals)
+        fits = pending & (low + short == high)
+        sides[fits] = short[fits]
+        pending &= ~fits
+    return exact
 
 
 def write(data: Dataset, folder: Path, _options: Options) -> None:
-    """Write ``images/`` and ``annotations.json``, or ``annotations/<split>.json`` where the data came split."""
-    contents = {f"annotations/{name}.json" if name else "annotations.json": part for name, part in parts(data).items()}
-    encoded = {name: msgspec.json.encode(to_coco(part)) for name, part in contents.items()}
+    """Write ``images/`` and ``annotations.json``, or ``annotations/<split>.json`` where the data came split.
+
+    Warns of ids and keys of files that cannot be kept, as two files were put together that contradict one another.
+    """
+    encoded: dict[str, bytes] = {}
+    lost: list[str] = []
+    for split, part in parts(data).items():
+        content, of_part = _content(part)
+        encoded[f"annotations/{split}.json" if split else "annotations.json"] = msgspec.json.encode(content)
+        lost += of_part
+    if lost:
+        warnings.warn(f"coco: left behind: {'; '.join(dict.fromkeys(lost))}", DetkitWarning, stacklevel=3)
     place_images(data, folder / "images")
-    for name, content in encoded.items():
+    for name, text in encoded.items():
         target = folder / inside(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
+        target.write_bytes(text)
 
 
 def _numbers(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[Any]:
@@ -167,7 +259,11 @@ def _find(path: Path) -> list[list[tuple[str, Path]]]:
 
 def _coco_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    files = [file for file in files if _is_coco(file)] if len(files) <= _MOST_FILES else []
+    if len(files) > _MANY_FILES:
+        largest = sorted(files, key=lambda file: file.stat().st_size if file.is_file() else 0)[-_PROBED:]
+        if not any(map(_is_coco, [*largest, *files[:: len(files) // _PROBED]])):
+            return []
+    files = [file for file in files if _is_coco(file)]
     return [file for file in files if not file.name.startswith(_OTHER_TASKS)] or files
 
 
@@ -182,12 +278,7 @@ def _is_coco(file: Path) -> bool:
 def _images_folder(file: CocoFile, split: str, root: Path, given: str) -> Path:
     """Return the folder that has most of a sample of the images; the likeliest one where none has any."""
     if given:
-        folder = root / given
-        if not folder.is_dir():
-            raise InvalidData(
-                f"read_dataset(..., images={given!r}): there is no folder {folder}; it is looked for from {root}"
-            )
-        return folder
+        return given_folder(root, given)
     here, stem = file.path.parent, re.sub(r"^instances_", "", file.path.stem)
     named = [parent / name for name in dict.fromkeys((split, stem)) if name for parent in (root / "images", root)]
     likely = [here / "images", here, root / "images", root, *named, root / "JPEGImages"]
@@ -201,9 +292,7 @@ FORMAT = Format(
     read=read,
     write=write,
     options=CocoOptions,
-    carries_key=lambda key, _: key not in KNOWN,
-    carries_image_key=lambda key, _: key not in KNOWN_OF_IMAGE,
-    carries=frozenset(
-        {"image_ids", "classes", "difficult", "crowd", "area", "masks", "extra", "box_extra", "split_indices"}
-    ),
+    carries_key=lambda key, value: key not in KNOWN or (key == "id" and isinstance(value, (int, str))),
+    carries_image_key=lambda key, value: key not in KNOWN_OF_IMAGE or (key == "id" and isinstance(value, (int, str))),
+    carries=frozenset(COLUMNS),
 )

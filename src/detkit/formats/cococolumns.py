@@ -9,19 +9,24 @@ from __future__ import annotations
 import math
 import re
 import sys
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from detkit.formats import cocoscan
+from detkit.formats.cocoscan import BETWEEN
 from detkit.formats.imagefiles import LARGEST_SIDE
+from detkit.formats.parallel import Helper, processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from detkit.boxes import Boxes
     from detkit.data import Extra, Flags, Indices
@@ -29,12 +34,14 @@ if TYPE_CHECKING:
 Ids: TypeAlias = "NDArray[np.int64] | list[Any]"
 """A column of ids: an array where all are integers, else a list."""
 
-_Columns = TypeVar("_Columns")
-
-_PIECE = 1 << 20
-"""Bytes that are decoded at a time; a few thousand records, which stay in a processor's cache."""
-_BETWEEN = re.compile(rb"\}\s*,\s*\{")
-"""What stands between two records; it may also stand within one, and then a cut there does not decode."""
+_NO_MASK: list[Any] = []
+_CODES = tuple(cocoscan.CODES.items())
+_UNUSUAL = (msgspec.ValidationError, OverflowError)
+"""Another record than most, an id of more than 64 bits."""
+_BYTES_PER_HELPER = 1 << 24
+"""A helper costs 0.05 s of CPU and reads a megabyte in 5 ms."""
+_SAMPLE = 4096
+"""Bytes of a table that show what its records are like."""
 
 
 class _Image(msgspec.Struct, gc=False, forbid_unknown_fields=True):
@@ -44,22 +51,9 @@ class _Image(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     height: int
 
 
-class _Annotation(msgspec.Struct, gc=False, forbid_unknown_fields=True):
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    id: int
-    area: float | None = None
-    iscrowd: int | None = None
-    segmentation: Any = None
-    difficult: int | None = None
-
-
-KNOWN = frozenset(_Annotation.__struct_fields__)
+KNOWN = frozenset(cocoscan.Annotation.__struct_fields__)
 KNOWN_OF_IMAGE = frozenset(_Image.__struct_fields__)
-_images = msgspec.json.Decoder(list[_Image])
-_annotations = msgspec.json.Decoder(list[_Annotation])
-_plain = msgspec.json.Decoder(list[Any])
+_decode_images = msgspec.json.Decoder(list[_Image]).decode
 
 
 @dataclass
@@ -105,75 +99,126 @@ def image_pieces(table: msgspec.Raw) -> Iterator[Images | list[Any]]:
 
     Raises `ValueError` where there is something in it that no JSON value can be.
     """
-    return _pieces(table, lambda piece: _image_columns(_images.decode(piece)))
-
-
-def annotation_pieces(table: msgspec.Raw) -> Iterator[Annotations | list[Any]]:
-    """Do the same for annotations; records are counted from the beginning of each piece."""
-    return _pieces(table, lambda piece: _annotation_columns(_annotations.decode(piece)))
-
-
-def _pieces(table: msgspec.Raw, columns: Callable[[bytes], _Columns]) -> Iterator[_Columns | list[Any]]:
-    """Cut an array that is known to be well-formed between two records and decode each part.
-
-    A cut at the wrong place leaves a bracket or a string open, which never decodes; then the piece becomes twice as
-    long, so that the work stays proportional to the length.
-    """
-    text = memoryview(table)
-    begin, wanted = 1, _PIECE
-    while True:
-        cut = _BETWEEN.search(text, begin + wanted)
-        end = cut.start() + 1 if cut else len(text) - 1
-        content = b"".join((b"[", text[begin:end], b"]"))
-        try:
-            try:
-                piece: _Columns | list[Any] = columns(content)
-            except (msgspec.ValidationError, OverflowError):  # another record than most, an id of more than 64 bits
-                piece = _plain.decode(content)
-        except msgspec.ValidationError:
-            raise  # a number too large for any float
-        except msgspec.DecodeError:
-            if cut is None:
-                raise
-            wanted = 2 * (end - begin)
-            continue
+    text, at = memoryview(table), 1
+    while at < len(text) - 1:
+        piece, at = cocoscan.piece_at(text, at, len(text) - 1, None, _images)
         yield piece
-        if cut is None:
-            return
-        begin, wanted = cut.end() - 1, _PIECE
 
 
-def _image_columns(images: list[_Image]) -> Images:
-    n = len(images)
-    ids = np.fromiter(map(attrgetter("id"), images), np.int64, n)
-    sides = np.fromiter(chain.from_iterable(map(attrgetter("width", "height"), images)), np.int64, 2 * n)
+def _images(content: bytes) -> Images | list[Any]:
+    try:
+        images = _decode_images(content)
+        n = len(images)
+        ids = np.fromiter(map(attrgetter("id"), images), np.int64, n)
+        sides = np.fromiter(chain.from_iterable(map(attrgetter("width", "height"), images)), np.int64, 2 * n)
+    except _UNUSUAL:
+        return cocoscan.decode_plain(content)
     sizes = np.where((sides >= 1) & (sides <= LARGEST_SIDE), sides, 0).reshape(-1, 2)
     return Images(ids, list(map(attrgetter("file_name"), images)), sizes)
 
 
-def _annotation_columns(annotations: list[_Annotation]) -> Annotations:
-    n = len(annotations)
+@contextmanager
+def annotation_pieces(
+    table: msgspec.Raw | list[Any], file: IO[bytes], whole: memoryview
+) -> Iterator[Iterator[Annotations | list[Any]]]:
+    """Do the same for annotations; records are counted from the beginning of each piece.
 
-    def column(name: str) -> Iterator[Any]:
-        return map(attrgetter(name), annotations)
+    ``whole`` is the file, mapped. Shares of a large table are decoded by helpers while the context lasts.
+    """
+    text = memoryview(table if isinstance(table, msgspec.Raw) else b"[]")
+    with ExitStack() as stack:
+        yield _annotation_pieces(text, [stack.enter_context(share) for share in _shares(text, file, whole)])
 
-    def flags(name: str) -> Flags:
-        return np.fromiter(map(bool, column(name)), bool, n) if any(column(name)) else np.zeros(n, dtype=bool)
 
+class _Share(Helper):
+    """A part of the annotations that a helper decodes."""
+
+    def __init__(self, begin: int, end: int, border: re.Match[bytes], file: IO[bytes]) -> None:
+        """Start after a border that seems to be between two records of the text; text and share are those bytes."""
+        self.border = border
+        self._begin = begin
+        packages = str(Path(msgspec.__file__).parents[1])
+        super().__init__(cocoscan.__file__, file, packages, str(begin + border.end() - 1), str(end))
+
+    def pieces(self) -> dict[int, tuple[Annotations, int]]:
+        """Return what was decoded from each place of the text, and where the record after it begins."""
+        found: dict[int, tuple[Annotations, int]] = {}
+        answer, at = self.answer(), 0
+
+        def take(code: str, count: int) -> NDArray[Any]:
+            nonlocal at
+            values = np.frombuffer(answer, code, count, at)
+            at += values.nbytes
+            return values
+
+        with suppress(ValueError, OverflowError):  # it was something else that answered
+            while at < len(answer):
+                begin, after, count = take("q", 3).tolist()
+                columns = {name: take(code, count * (4 if name == "xywh" else 1)) for name, code in _CODES}
+                found[begin - self._begin] = _of_columns(columns), after - self._begin
+        return found
+
+
+def _shares(text: memoryview, file: IO[bytes], whole: memoryview) -> list[_Share]:
+    """Start a helper for each share but the first, where that pays: masks are no columns."""
+    count = min(processes(), len(text) // _BYTES_PER_HELPER)
+    first = BETWEEN.search(text, _SAMPLE) if count > 1 else None
     try:
-        area = np.fromiter(column("area"), np.float64, n)
-    except TypeError:  # some have none
-        area = np.array([math.nan if value is None else value for value in column("area")], np.float64)
+        if first is None or cocoscan.plain_columns(bytes(text[: first.start() + 1]) + b"]") is None:
+            return []
+    except (ValueError, RecursionError):
+        return []  # an unusual file
+    begin = _address(text) - _address(whole.obj)
+    borders = [border for i in range(1, count) if (border := BETWEEN.search(text, len(text) * i // count))]
+    ends = [*(border.start() + 1 for border in borders[1:]), len(text) - 1]
+    return [_Share(begin, begin + end, border, file) for border, end in zip(borders, ends, strict=True)]
+
+
+def _address(content: Any) -> int:
+    """Return where bytes lie in memory; that of two parts of a mapped file tells how far they are apart."""
+    return np.frombuffer(content, np.uint8).ctypes.data
+
+
+def _annotation_pieces(text: memoryview, shares: list[_Share]) -> Iterator[Annotations | list[Any]]:
+    """Go from record to record: what a helper decoded from there is taken, the rest is decoded here."""
+    at, end = 1, len(text) - 1
+    decoded: dict[int, tuple[Annotations, int]] = {}
+    while at < end:
+        while shares and at > shares[0].border.start():
+            at = max(at, shares[0].border.end() - 1)
+            decoded = shares.pop(0).pieces()
+        piece: Annotations | list[Any]
+        if at in decoded:
+            piece, at = decoded.pop(at)
+        else:
+            piece, at = cocoscan.piece_at(text, at, end, shares[0].border if shares else None, _annotations)
+        yield piece
+
+
+def _annotations(content: bytes) -> Annotations | list[Any]:
+    try:
+        annotations = cocoscan.decode_annotations(content)
+        columns = cocoscan.columns_of(annotations)
+    except _UNUSUAL:
+        return cocoscan.decode_plain(content)
+    found = _of_columns({name: np.asarray(column) for name, column in columns.items()})
+    found.masks = _masks([a.segmentation for a in annotations])
+    return found
+
+
+def _of_columns(columns: dict[str, NDArray[Any]]) -> Annotations:
+    """Return columns whose types and shapes are those of `cocoscan.CODES`."""
+    masked = columns["masked"]
     return Annotations(
-        image_ids=np.fromiter(column("image_id"), np.int64, n),
-        category_ids=np.fromiter(column("category_id"), np.int64, n),
-        xywh=np.fromiter(chain.from_iterable(column("bbox")), np.float64, 4 * n).reshape(-1, 4),
-        ids=np.fromiter(column("id"), np.int64, n),
-        area=area,
-        crowd=flags("iscrowd"),
-        difficult=flags("difficult"),
-        records=np.arange(n),
-        masks=[mask or None for mask in column("segmentation")] if any(column("segmentation")) else None,
+        image_ids=columns["image_ids"],
+        category_ids=columns["category_ids"],
+        xywh=columns["xywh"].reshape(-1, 4),
+        ids=columns["ids"],
+        area=columns["area"],
+        crowd=columns["crowd"].view(np.bool_),
+        difficult=columns["difficult"].view(np.bool_),
+        records=np.arange(len(columns["ids"])),
+        masks=[_NO_MASK if there else None for there in masked.tolist()] if masked.any() else None,
     )
 
 
@@ -193,7 +238,6 @@ def plain_annotations(good: Sequence[dict[str, Any]], records: list[int]) -> Ann
     """Return the columns of annotation records that are usable, and have these numbers."""
     known: dict[Any, Extra] = {}
     extra = [_shared({k: v for k, v in a.items() if k not in KNOWN}, known) for a in good]
-    masks = [a.get("segmentation") or None for a in good]
     areas = [a.get("area") for a in good]
     return Annotations(
         image_ids=to_ids([a["image_id"] for a in good]),
@@ -204,9 +248,16 @@ def plain_annotations(good: Sequence[dict[str, Any]], records: list[int]) -> Ann
         crowd=np.array([bool(a.get("iscrowd")) for a in good], dtype=bool),
         difficult=np.array([bool(a.get("difficult")) for a in good], dtype=bool),
         records=np.array(records, dtype=np.int64),
-        masks=masks if any(masks) else None,
+        masks=_masks([a.get("segmentation") for a in good]),
         extra=extra if any(extra) else None,
     )
+
+
+def _masks(segmentations: list[Any]) -> list[Any] | None:
+    """Return masks, None where there is none; an empty list, which many tools write for a box, stays one."""
+    if all(mask is None for mask in segmentations):
+        return None
+    return [mask or (None if mask is None else _NO_MASK) for mask in segmentations]
 
 
 def _shared(extra: dict[str, Any], known: dict[Any, Extra]) -> Extra:
@@ -288,6 +339,12 @@ def positions(ids: Ids, known: Ids) -> Indices:
         return np.fromiter((index.get(value, -1) for value in to_list(ids)), dtype=np.int64, count=len(ids))
     if not len(known):
         return np.full(len(ids), -1)
+    low, high = int(known.min()), int(known.max())
+    if high - low < 4 * (len(known) + len(ids)):  # a table of all ids between takes little, and no search
+        table = np.full(high - low + 1, -1)
+        table[known[::-1] - low] = np.arange(len(known))[::-1]
+        between = (ids >= low) & (ids <= high)
+        return np.where(between, table[np.where(between, ids - low, 0)], -1)
     order = np.argsort(known, kind="stable")
     at = np.minimum(np.searchsorted(known, ids, sorter=order), len(known) - 1)
     found = order[at]

@@ -21,7 +21,7 @@ from detkit.formats.findings import Finding
 from detkit.formats.imagefiles import LARGEST_SIDE, leaves, place_images, require_finite, stem
 from detkit.formats.rows import CLASS_FILE, Rows, read_class_names, write_class_names
 from detkit.formats.splits import SPLIT_FOLDERS, join, parts, split_names
-from detkit.formats.textlines import find_below, line_error, read_lines, read_number
+from detkit.formats.textlines import find_below, line_error, number_text, read_lines, read_number
 from detkit.images import EXTENSIONS
 from detkit.params import Options
 
@@ -106,14 +106,10 @@ def write(data: Dataset, folder: Path, _options: Options) -> None:
         file = folder / "bboxes" / inside(f"{stem(image_id)}.txt")
         file.parent.mkdir(parents=True, exist_ok=True)
         pairs = zip(data.labels[rows].tolist(), data.boxes[rows].tolist(), strict=True)
-        file.write_text("".join(f"{label + 1} {' '.join(map(_number, box))}\n" for label, box in pairs))
+        file.write_text("".join(f"{label + 1} {' '.join(map(number_text, box))}\n" for label, box in pairs))
     for split, part in pieces.items():
         lines = "".join(f"images/{image_id} bboxes/{stem(image_id)}.txt\n" for image_id in part.image_ids)
         (folder / f"{split or 'list'}.txt").write_text(lines, encoding="utf-8")
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if value.is_integer() else repr(value)
 
 
 def _find(path: Path) -> list[Path]:

@@ -35,6 +35,8 @@ class Finding:
     """Number of the record in the file, counted from 0."""
     image: int | None = None
     """Index of the image in the data set."""
+    image_file: str = ""
+    """The image, where it is about one and `file` may be its annotation."""
     box: int | None = None
     """Row of the box in the data set."""
     place: str = ""
@@ -77,6 +79,7 @@ def image_finding(error: ImageError, index: int | None, file: str = "", place: s
         message=str(error),
         file=file or error.path,
         image=index,
+        image_file=error.path,
         place=place,
     )
 

@@ -16,7 +16,7 @@ from detkit.progress import track
 from detkit.remote import is_remote
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from detkit.data import Dataset
 
@@ -45,9 +45,37 @@ def stem(image_id: str) -> str:
     return head if head and "/" not in ending else image_id
 
 
-def is_file(path: str) -> bool:
+def is_file(path: str | Path) -> bool:
     """Return whether there is such a file; a name too long or too odd for any is no error, as it is for `Path`."""
     return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: str | Path) -> bool:
+    """Return whether there is such a folder, likewise."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def walk(folder: Path, prefix: str = "") -> Iterator[str]:
+    """Yield the files below a folder, relative to it, hidden ones left out; folders in it may be symbolic links."""
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith((".", "__MACOSX")):
+                continue
+            # Links further down could form a loop.
+            if entry.is_dir(follow_symlinks=not prefix):
+                yield from walk(folder / entry.name, f"{prefix}{entry.name}/")
+            else:
+                yield prefix + entry.name
+
+
+def given_folder(root: Path, given: str) -> Path:
+    """Return the folder that the option ``images`` names. Raises `InvalidData` where there is none."""
+    folder = root / given
+    if not folder.is_dir():
+        raise InvalidData(
+            f"read_dataset(..., images={given!r}): there is no folder {folder}; it is looked for from {root}"
+        )
+    return folder
 
 
 def folder_of(names: Sequence[str], likely: Iterable[Path]) -> Path:
@@ -72,7 +100,7 @@ def read_headers(paths: Sequence[str]) -> list[Header | ImageError]:
 
 def place_images(data: Dataset, folder: Path) -> None:
     """Put every image under its id into a folder. Raises `InvalidData` naming those that are missing."""
-    targets = [f"{folder}/{name if _is_plain(name) else inside(name)}" for name in data.image_ids]
+    targets = [f"{folder}/{name if is_plain(name) else inside(name)}" for name in data.image_ids]
     missing = [p for p in data.paths if not is_remote(p) and not os.path.isfile(file_of(p))]  # noqa: PTH113 (many files)
     if missing:
         raise InvalidData(
@@ -83,7 +111,8 @@ def place_images(data: Dataset, folder: Path) -> None:
         place_image(path, target)
 
 
-def _is_plain(name: str) -> bool:
+def is_plain(name: str) -> bool:
+    """Return whether a file name stays in its folder, as far as a quick look tells; nearly all do."""
     return name.isascii() and name not in {"", ".", ".."} and not any(sign in name for sign in "/\\\0")
 
 

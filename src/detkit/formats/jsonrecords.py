@@ -182,14 +182,21 @@ class ClassIds:
         known = [index[self._names[number][0]] if number in self._names else -1 for number in numbers]
         labels = np.array([*known, -1], dtype=np.int64)[data.labels]
         owner = np.repeat(np.arange(len(data)), data.boxes_per_image())
-        told = ", ".join(map(str, sorted(self._names)[:20])) or "none"
+        named = ", ".join(map(str, sorted(self._names)[:20])) or "none"
         for row in np.flatnonzero(labels < 0).tolist():
             record = int(data.records[row])
             place = Place(findings, data.sources[owner[row]], record + 1 if lines else None)
-            message = f"class {numbers[int(data.labels[row])]} has no name; those that have: {told}"
+            message = f"class {numbers[int(data.labels[row])]} has no name; those that have: {named}"
             place.error("unknown-class", message, "" if lines else f"annotations[{record}]", record)
         kept = data if (labels >= 0).all() else data.keep_boxes(labels >= 0)
-        return replace(kept, classes=tuple(classes), labels=labels[labels >= 0])
+        first = {self._names[number][0]: number for number in sorted(self._names, reverse=True)}
+        told = [first[name] for name in classes] != list(range(len(classes)))
+        return replace(
+            kept,
+            classes=tuple(classes),
+            labels=labels[labels >= 0],
+            class_extra=tuple({"class_id": first[name]} for name in classes) if told else None,
+        )
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import posixpath
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -18,7 +19,7 @@ from msgspec import Meta
 from detkit.errors import DetkitWarning, InvalidData
 from detkit.formats import Format
 from detkit.formats.findings import raise_errors
-from detkit.formats.imagefiles import folder_of, leaves, place_images, require_finite
+from detkit.formats.imagefiles import folder_of, given_folder, leaves, place_images, require_finite
 from detkit.formats.jsonrecords import Place, is_box, is_id, plain, shown, side
 from detkit.formats.rows import CLASS_FILE, ListOptions, Rows, read_class_names, write_class_names
 
@@ -80,7 +81,8 @@ def read(path: Path, options: JumpStartOptions) -> Dataset:
             file.parent, options.classes, "JumpStart's annotations.json", largest=max(numbers, default=-1)
         )
     first = _first_id(numbers, len(names), file) if options.first_id == "auto" else options.first_id
-    folder = _images_folder(file, [image.name for image in images], options.images)
+    here, image_names = file.parent, [image.name for image in images]
+    folder = given_folder(here, options.images) if options.images else folder_of(image_names, [here / "images", here])
     rows = Rows(findings)
     for image in images:
         source, size = str(file), image.size
@@ -88,6 +90,8 @@ def read(path: Path, options: JumpStartOptions) -> Dataset:
         for found in objects.get(image.id, ()):
             rows.add_box(found.corners, found.number - first, found.record, extra=found.extra)
     data = rows.dataset(names)
+    if first:
+        data = replace(data, class_extra=tuple({"category_id": number + first} for number in range(len(names))))
     _refuse_width_and_height(data, place)
     raise_errors(findings, partial=data)
     return data
@@ -205,17 +209,6 @@ def _first_id(numbers: set[int], classes: int, file: Path) -> int:
         stacklevel=3,
     )
     return first
-
-
-def _images_folder(file: Path, names: list[str], given: str) -> Path:
-    if not given:
-        return folder_of(names, [file.parent / "images", file.parent])
-    folder = file.parent / given
-    if not folder.is_dir():
-        raise InvalidData(
-            f"read_dataset(..., images={given!r}): there is no folder {folder}; it is looked for from {file.parent}"
-        )
-    return folder
 
 
 def _has_width_and_height(data: Dataset) -> Flags:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from detkit.errors import ImageError, InvalidData
 from detkit.formats import Format
 from detkit.formats.findings import Finding, raise_errors
-from detkit.formats.imagefiles import folder_of, leaves, place_images, read_headers, require_finite
+from detkit.formats.imagefiles import folder_of, given_folder, leaves, place_images, read_headers, require_finite
 from detkit.formats.mxlabels import (
     LabelReader,
     LabelWriteOptions,
@@ -24,6 +24,7 @@ from detkit.formats.mxlabels import (
 )
 from detkit.formats.rows import FLOAT32, SIX_DECIMALS, ListOptions, write_class_names
 from detkit.formats.splits import parts, split_names
+from detkit.formats.textlines import number_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,10 +83,7 @@ def _lines(file: Path) -> list[str]:
 
 def _images_folder(lines: list[str], split: str, root: Path, given: str) -> Path:
     if given:
-        folder = root / given
-        if not folder.is_dir():
-            raise InvalidData(f"images={given!r}: there is no folder {folder}; it is looked for from {root}")
-        return folder
+        return given_folder(root, given)
     names = [line.rpartition("\t")[2].strip() for line in lines]
     return folder_of(names, [root / "images", root, root / "images" / split, root / split, root / "JPEGImages"])
 
@@ -152,7 +150,7 @@ def write(data: Dataset, folder: Path, options: LabelWriteOptions) -> None:
     for split, part in parts(data).items():
         labels = write_labels(part, difficult=options.difficult)
         texts[split or "train"] = "".join(
-            "\t".join([str(index[image_id]), *map(_number, label), image_id]) + "\n"
+            "\t".join([str(index[image_id]), *map(number_text, label), image_id]) + "\n"
             for image_id, label in zip(part.image_ids, labels, strict=True)
         )
     place_images(data, folder / "images")
@@ -180,10 +178,6 @@ def _turned_images(data: Dataset) -> Iterator[Finding]:
         finding = None if isinstance(header, ImageError) else turned_image(data, i, header)
         if finding is not None:
             yield finding
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if value.is_integer() else repr(value)
 
 
 FORMAT = Format(

@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from detkit.errors import DetkitWarning, InvalidData, UnknownName
 from detkit.formats import Format
-from detkit.formats.imagefiles import is_file, leaves
+from detkit.formats.imagefiles import given_folder, is_file, leaves
 from detkit.formats.jsonrecords import BOX_KEYS, ClassIds, Place, is_id, shown, size_of
 from detkit.formats.manifestwriter import ManifestWriteOptions, in_s3, unless_usual, write
 from detkit.formats.rows import Rows
@@ -69,11 +69,7 @@ def read(path: Path, options: ManifestOptions) -> Dataset:
     if not files:
         raise InvalidData(f"{path}: no augmented manifest; looked for *.manifest and *.jsonl with 'source-ref' lines")
     folder = files[0][1].parent
-    given = folder / options.images if options.images else None
-    if given is not None and not given.is_dir():
-        raise InvalidData(
-            f"read_dataset(..., images={options.images!r}): there is no folder {given}; it is looked for from {folder}"
-        )
+    given = given_folder(folder, options.images) if options.images else None
     findings: list[Finding] = []
     surveys = [_Survey(file) for _, file in files]
     places = _Places({ref for survey in surveys for ref in survey.references}, folder, given)

@@ -21,10 +21,18 @@ from msgspec import Meta
 from detkit.errors import DetkitWarning, ImageError, InvalidData, did_you_mean
 from detkit.formats import Format
 from detkit.formats.findings import Finding
-from detkit.formats.imagefiles import LARGEST_SIDE, folder_of, leaves, place_images, require_finite
+from detkit.formats.imagefiles import (
+    LARGEST_SIDE,
+    folder_of,
+    given_folder,
+    is_file,
+    leaves,
+    place_images,
+    require_finite,
+)
 from detkit.formats.rows import Rows
 from detkit.formats.splits import join, parts, split_names
-from detkit.formats.textlines import file_error, is_file, line_error, read_lines, read_number, read_text
+from detkit.formats.textlines import file_error, line_error, read_lines, read_number, read_text
 from detkit.images import read_image
 from detkit.params import Options
 
@@ -82,12 +90,16 @@ def read(path: Path, options: SkuOptions) -> Dataset:
     classes = options.classes or tuple(present)
     for table in tables:
         table.require_classes(classes)
-    folder = _images_folder(root, options.images, [name for table in tables for name in islice(table.images, 64)])
+    if options.images:
+        folder = given_folder(root, options.images)
+    else:
+        names = [name for table in tables for name in islice(table.images, 64)]
+        folder = folder_of(names, [root / "images", root / "Images", root / "JPEGImages", root])
     excluded = _excluded(root, options.exclude, {name for table in tables for name in table.images}, findings)
     if options.corrupted == "skip":
         excluded |= _corrupted(folder, {name for table in tables for name in table.images} - excluded)
-    names = split_names([file.stem for file in files])
-    read = [(name, table.dataset(folder, classes, excluded)) for name, table in zip(names, tables, strict=True)]
+    splits = split_names([file.stem for file in files])
+    read = [(split, table.dataset(folder, classes, excluded)) for split, table in zip(splits, tables, strict=True)]
     return join(read, findings)
 
 
@@ -279,17 +291,6 @@ class _Table:
             ):
                 rows.add_box(box, label, line - 1)
         return rows.dataset(classes)
-
-
-def _images_folder(root: Path, given: str, names: Sequence[str]) -> Path:
-    if given:
-        folder = root / given
-        if not folder.is_dir():
-            raise InvalidData(
-                f"read_dataset(..., images={given!r}): there is no folder {folder}; it is looked for from {root}"
-            )
-        return folder
-    return folder_of(names, [root / "images", root / "Images", root / "JPEGImages", root])
 
 
 def _excluded(root: Path, given: Sequence[str], known: set[str], findings: list[Finding]) -> set[str]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detkit.data import Dataset, concatenate
+from detkit.columns import concatenate
+from detkit.data import Dataset
 from detkit.errors import InvalidData
 from detkit.formats.findings import Finding, raise_errors
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING
 
 from detkit.formats.findings import Finding
-from detkit.formats.imagefiles import leaves
+from detkit.formats.imagefiles import is_file, leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 _DEEPEST = 64
@@ -66,22 +65,6 @@ def read_number(text: str) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def is_file(path: Path) -> bool:
-    """Return whether there is such a file; false for names that no file can have."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Return whether there is such a folder; false for names that no folder can have."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
-
-
 def find_below(folder: Path, name: str, exists: Callable[[Path], bool] = is_file) -> str | None:
     """Return what a path found in a file means below a folder, relative to it; None where there is no such thing.
 
@@ -95,14 +78,6 @@ def find_below(folder: Path, name: str, exists: Callable[[Path], bool] = is_file
     return next((end for i in starts if exists(folder / (end := "/".join(parts[i:])))), None)
 
 
-def walk(folder: Path, prefix: str = "") -> Iterator[str]:
-    """Yield the files below a folder, relative to it, hidden ones left out; folders in it may be symbolic links."""
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith((".", "__MACOSX")):
-                continue
-            # Links further down could form a loop.
-            if entry.is_dir(follow_symlinks=not prefix):
-                yield from walk(folder / entry.name, f"{prefix}{entry.name}/")
-            else:
-                yield prefix + entry.name
+def number_text(value: float) -> str:
+    """Return a number with all its digits, a whole one without a point, as people write it."""
+    return str(int(value)) if value.is_integer() else repr(value)

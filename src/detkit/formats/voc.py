@@ -25,7 +25,7 @@ from detkit.data import Dataset
 from detkit.errors import DetkitWarning, ImageError, InvalidData, did_you_mean
 from detkit.formats import Format
 from detkit.formats.findings import image_finding, raise_errors
-from detkit.formats.imagefiles import leaves, read_headers, stem
+from detkit.formats.imagefiles import leaves, read_headers, stem, walk
 from detkit.formats.splits import SPLIT_FOLDERS
 from detkit.formats.vocwriter import carries_key, write
 from detkit.formats.vocxml import Objects, xml_error
@@ -149,22 +149,10 @@ def _is_annotation(file: Path) -> bool:
     return element is not None and element[1] == b"annotation"
 
 
-def _walk(folder: str, prefix: str) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith((".", "__MACOSX")):
-                continue
-            # Folders of a data set are often symbolic links; deeper ones could form a loop.
-            if entry.is_dir(follow_symlinks=not prefix):
-                yield from _walk(entry.path, f"{prefix}{entry.name}/")
-            else:
-                yield prefix + entry.name
-
-
 def _find(root: Path) -> _Layout:
     xml: dict[str, list[str]] = {}
     images: dict[str, list[str]] = {}
-    for name in sorted(_walk(str(root), "")):
+    for name in sorted(walk(root)):
         suffix = f".{name.rpartition('.')[2].lower()}"
         top, _, rest = name.rpartition("/") if name.count("/") == 0 else name.partition("/")
         if suffix == ".xml":

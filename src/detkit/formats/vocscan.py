@@ -1,22 +1,18 @@
 """Pascal VOC's XML files into columns, by as many processes as pay.
 
-This module needs nothing but the standard library and runs as a script, too: `scan_all` starts it in helper processes,
-which are there in 20 ms as they import neither numpy nor detkit. A helper reads file names from its standard input and
-writes the columns of a `Scan` to its standard output.
+This module needs nothing but the standard library and runs as a script, too: `detkit.formats.vocxml` starts it in
+helper processes. A helper reads file names from its standard input and writes the columns of a `Scan` to its standard
+output.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from array import array
 from dataclasses import dataclass, field
-from itertools import pairwise
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
@@ -26,8 +22,6 @@ if TYPE_CHECKING:
 
 _CORNERS = ["xmin", "ymin", "xmax", "ymax"]
 _TRUE = frozenset({"1", "true"})
-_FILES_PER_HELPER = 4000
-"""A helper costs 0.03 s of CPU and reads a file in 0.05 ms."""
 _BLOCK = 1 << 16
 _tag, _text = attrgetter("tag"), attrgetter("text")
 
@@ -255,50 +249,6 @@ def scan(files: Sequence[str]) -> Scan:
     for file in files:
         found.read(file)
     return found
-
-
-def scan_all(files: Sequence[str], processes: int) -> list[Scan]:
-    """Read XML files in up to so many processes, this one included; the scans are those of consecutive files."""
-    shares = max(1, min(processes, len(files) // _FILES_PER_HELPER))
-    cuts = [len(files) * i // shares for i in range(shares + 1)]
-    pieces = [files[a:b] for a, b in pairwise(cuts)]
-    helpers = [_start(piece) for piece in pieces[1:]]
-    try:
-        first = scan(pieces[0])
-        return [first, *(_finish(helper, piece) for helper, piece in zip(helpers, pieces[1:], strict=True))]
-    finally:
-        for helper in helpers:
-            if helper is not None and helper.returncode is None:
-                helper.kill()
-                helper.communicate()
-
-
-def _start(files: Sequence[str]) -> subprocess.Popen[bytes] | None:
-    """Start a helper and give it its files; None where it cannot be started."""
-    try:
-        with tempfile.TemporaryFile() as names:  # a pipe would be full before the helper reads
-            names.write(b"".join(os.fsencode(file) + b"\0" for file in files))
-            names.seek(0)
-            return subprocess.Popen(
-                # -I and -S: neither the current folder nor anything installed is in reach.
-                [sys.executable, "-I", "-S", os.path.abspath(__file__)],
-                stdin=names,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-    except (OSError, ValueError):
-        return None
-
-
-def _finish(helper: subprocess.Popen[bytes] | None, files: Sequence[str]) -> Scan:
-    """Return what a helper read; read it here where it failed."""
-    if helper is not None:
-        packed = helper.communicate()[0]
-        with contextlib.suppress(ValueError, TypeError):
-            found = Scan.unpack(packed)
-            if len(found.counts) == len(files):
-                return found
-    return scan(files)
 
 
 def main() -> None:

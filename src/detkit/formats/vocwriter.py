@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
@@ -11,8 +10,9 @@ import numpy as np
 
 from detkit.errors import InvalidData
 from detkit.files import inside
-from detkit.formats.imagefiles import place_images, require_finite, stem
+from detkit.formats.imagefiles import is_plain, place_images, require_finite, stem
 from detkit.formats.splits import require_split_names
+from detkit.formats.textlines import number_text
 from detkit.images import EXTENSIONS
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def write(data: Dataset, folder: Path, _options: Options) -> None:
         )
     place_images(data, folder / "JPEGImages")
     annotations = folder / "Annotations"
-    for parent in {(annotations / name).parent for name in stems}:
-        parent.mkdir(parents=True, exist_ok=True)
+    for parent in {name.rpartition("/")[0] for name in stems}:
+        (annotations / parent).mkdir(parents=True, exist_ok=True)
     objects, offsets, sizes = _objects(data), data.offsets.tolist(), data.sizes.tolist()
     for i, name in enumerate(stems):
         text = _annotation(data.image_ids[i], sizes[i], objects[offsets[i] : offsets[i + 1]])
@@ -50,8 +50,10 @@ def write(data: Dataset, folder: Path, _options: Options) -> None:
             raise InvalidData(
                 f"{data.image_ids[i]}: a name holds a control character, which XML cannot carry; rename it"
             )
-        with open(f"{annotations}/{name}.xml", "wb") as file:  # noqa: PTH123 (thousands of files)
-            file.write(text.encode())
+        with open(f"{annotations}/{name}.xml", "wb", buffering=0) as file:  # noqa: PTH123 (thousands of files)
+            left = text.encode()
+            while left:
+                left = left[file.write(left) :]
     if data.split_indices:
         main = folder / "ImageSets/Main"
         main.mkdir(parents=True)
@@ -64,8 +66,8 @@ def _stems(data: Dataset) -> list[str]:
     """The annotation files' names; each must lead back to one image."""
     first: dict[str, str] = {}
     for image_id in data.image_ids:
-        inside(image_id)
-        if PurePosixPath(image_id).suffix.lower() not in EXTENSIONS:
+        ending = image_id[image_id.rfind(".") :] if is_plain(image_id) else inside(image_id).suffix
+        if ending.lower() not in EXTENSIONS or ending == image_id:
             raise InvalidData(
                 f"image id {image_id!r} has no image file's ending, so VOC readers would not find it; rename it"
             )
@@ -92,7 +94,7 @@ def _objects(data: Dataset) -> list[str]:
     middle = {id(extra): "".join(_extra_lines(extra)) for extra in {id(e): e for e in extras}.values()}
     corners = data.boxes + np.array([1, 1, 0, 0])
     whole = bool((corners == np.rint(corners)).all()) and bool((abs(corners) < 2**53).all())
-    numbers = corners.astype(np.int64).tolist() if whole else [[*map(_number, row)] for row in corners.tolist()]
+    numbers = corners.astype(np.int64).tolist() if whole else [[*map(number_text, row)] for row in corners.tolist()]
     return [
         f"\t<object>\n\t\t<name>{names[label]}</name>\n{middle[id(extra)]}\t\t<difficult>{difficult}</difficult>\n"
         f"\t\t<bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox>\n\t</object>\n"
@@ -111,7 +113,3 @@ def _extra_lines(extra: Extra) -> Iterator[str]:
     for key, value in extra.items():
         if carries_key(key, value):
             yield f"\t\t<{key}>{escape(str(value))}</{key}>\n"
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if value.is_integer() else repr(value)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from detkit.formats import vocscan
 from detkit.formats.findings import Finding
 from detkit.formats.imagefiles import LARGEST_SIDE
-from detkit.formats.vocscan import scan_all
+from detkit.formats.parallel import Helper, processes
+from detkit.formats.vocscan import Scan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from detkit.boxes import Boxes
     from detkit.data import Extra, Flags, Indices
+
+_FILES_PER_HELPER = 4000
+"""A helper costs 0.03 s of CPU and reads a file in 0.05 ms."""
 
 
 def xml_error(code: str, file: str, message: str, place: str = "", record: int | None = None) -> Finding:
@@ -28,7 +34,7 @@ class Objects:
     """The objects of all XML files, as columns; what cannot be used is a finding."""
 
     def __init__(self, files: Sequence[str]) -> None:
-        scans = scan_all(files, processes())
+        scans = _scan(files)
         self.files = list(files)
         self.filenames: list[str] = [name for scan in scans for name in scan.filenames]
         sides = np.concatenate([np.asarray(scan.sides) for scan in scans]).reshape(-1, 2)
@@ -60,9 +66,21 @@ class Objects:
         ]
 
 
-def processes() -> int:
-    """Return how many processes may read at a time: ``DETKIT_WORKERS``, else the cores this process may use."""
-    given = os.environ.get("DETKIT_WORKERS", "")
-    if given.isdecimal() and int(given):
-        return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _scan(files: Sequence[str]) -> list[Scan]:
+    """Read XML files by as many processes as pay, this one included; the scans are those of consecutive files."""
+    shares = max(1, min(processes(), len(files) // _FILES_PER_HELPER))
+    cuts = [len(files) * i // shares for i in range(shares + 1)]
+    first, *others = [files[a:b] for a, b in pairwise(cuts)]
+    with contextlib.ExitStack() as stack:
+        questions = [b"".join(os.fsencode(file) + b"\0" for file in piece) for piece in others]
+        helpers = [stack.enter_context(Helper(vocscan.__file__, question)) for question in questions]
+        return [vocscan.scan(first), *map(_finish, helpers, others)]
+
+
+def _finish(helper: Helper, files: Sequence[str]) -> Scan:
+    """Return what a helper read; read it here where it failed."""
+    with contextlib.suppress(ValueError, TypeError):
+        found = Scan.unpack(helper.answer())
+        if len(found.counts) == len(files):
+            return found
+    return vocscan.scan(files)

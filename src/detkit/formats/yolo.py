@@ -21,10 +21,10 @@ from detkit.files import inside
 from detkit.formats import Format
 from detkit.formats.checks import as_displayed
 from detkit.formats.findings import raise_errors
-from detkit.formats.imagefiles import LARGEST_SIDE, place_images, require_finite
+from detkit.formats.imagefiles import LARGEST_SIDE, is_file, place_images, require_finite, walk
 from detkit.formats.rows import CLASS_FILE, Rows, read_class_names
 from detkit.formats.splits import join, parts, require_split_names
-from detkit.formats.textlines import file_error, is_file, line_error, read_lines, read_number, walk
+from detkit.formats.textlines import file_error, line_error, read_lines, read_number
 from detkit.formats.yololayout import SPLIT_KEYS, find_layout, is_yolo_yaml, orphans, plain_folders, twin, twin_folder
 from detkit.images import EXTENSIONS
 from detkit.params import Options

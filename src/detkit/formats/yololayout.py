@@ -11,20 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from detkit.errors import InvalidData
 from detkit.formats.findings import raise_errors
-from detkit.formats.imagefiles import leaves, stem
+from detkit.formats.imagefiles import is_file, is_folder, leaves, stem, walk
 from detkit.formats.rows import CLASS_FILE
 from detkit.formats.splits import SPLIT_FOLDERS
-from detkit.formats.textlines import (
-    file_error,
-    find_below,
-    is_file,
-    is_folder,
-    line_error,
-    read_lines,
-    read_number,
-    read_text,
-    walk,
-)
+from detkit.formats.textlines import file_error, find_below, line_error, read_lines, read_number, read_text
 from detkit.images import EXTENSIONS
 
 if TYPE_CHECKING:

@@ -94,8 +94,13 @@ class FormatTests:
             assert np.array_equal(after.boxes, before.boxes), f"boxes of {before.image_id} changed"
         for name in self.format.carries & {"difficult", "crowd", "area"}:
             assert np.array_equal(getattr(back, name), getattr(data, name)), f"{name} changed"
-        for name in self.format.carries & {"classes", "masks", "extra", "box_extra"}:
+        for name in self.format.carries & {"classes", "masks", "extra", "box_extra", "class_extra"}:
             assert getattr(back, name) == getattr(data, name), f"{name} changed"
+        if "file_extra" in self.format.carries:  # by the name of another file now
+            assert [*back.file_extra.values()] == [*data.file_extra.values()]
+        if "box_ids" in self.format.carries:
+            ids = [None if one.box_ids is None else one.box_ids.tolist() for one in (data, back)]
+            assert ids[0] == ids[1]
 
     def test_round_trip(self, data: Dataset, tmp_path: Path) -> None:
         back = read_dataset(self.write(data, tmp_path / "out"))
@@ -115,7 +120,10 @@ class FormatTests:
             masks=tuple([[0.0, 0.0, 4.0, 0.0, 4.0, float(i)]] if i % 2 else None for i in range(n)),
             extra=tuple({"weather": f"rain {i}"} for i in range(len(data))),
             box_extra=tuple({"pose": f"side {i}"} for i in range(n)),
+            file_extra={data.sources[0]: {"about": "rain"}},
+            box_ids=np.arange(n) * 7 + 3,
         )
+        full = replace(full, class_extra=tuple({"colour": f"hue {i}"} for i in range(len(full.classes))))
         if self.format.write is None:
             self.assert_same(full, read_dataset(self.write(full, tmp_path / "out"), self.format_name))
             return

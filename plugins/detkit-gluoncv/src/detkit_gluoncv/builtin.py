@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
-from detkit.dialects import Dialect, Note
+from detkit.dialects import SAGEMAKER_OBJECT_DETECTION, Dialect, Note
 from detkit.params import Params
 from detkit_gluoncv.params import image_sizes
 
@@ -300,6 +300,7 @@ DIALECT = Dialect(
     params=BuiltinParams(),
     translate=translate,
     check=check,
+    limits=SAGEMAKER_OBJECT_DETECTION,
     hints={
         "force_padding_label_width": "it is called label_width",
         "_kvstore": _INTERNAL,

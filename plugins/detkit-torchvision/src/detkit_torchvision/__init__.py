@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from detkit.backends import LocalBackend
 from detkit.hookspecs import hookimpl
-from detkit_torchvision.params import MODELS, TorchvisionOptions, require_weights, suggest, translate
+from detkit_torchvision.params import MODELS, TorchvisionOptions, require, suggest, translate
 
 
 @hookimpl
@@ -27,5 +27,5 @@ def detkit_backends() -> Iterable[LocalBackend]:
         incremental=True,
         suggestion=suggest,
         translation=translate,
-        requirement=require_weights,
+        requirement=require,
     )

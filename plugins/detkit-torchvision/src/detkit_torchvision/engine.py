@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +28,9 @@ from detkit_torchvision.models import MODELS, build, final_size
 from detkit_torchvision.weights import ARTIFACT, initialise
 
 PREDICT_BATCH = 16
+
+MOSAIC_UNTIL = 0.75
+"""Share of the steps after which pictures are no longer put together of four, so that training ends on real ones."""
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -149,8 +153,15 @@ class Training(TrainingLoop[Batch]):
                 self.say(f"weights from {self.origin.source}: kept {kept}; fresh {new}")
         to_device(self.network, self.device)
         self.optimizer = self._make_optimizer()
+        self.average = copy.deepcopy(self.network) if self.params["ema_decay"] else None
+        """The moving average of the weights, which is what is scored and kept; None where there is none."""
         if resumed:
             self._restore()
+
+    @property
+    def scored(self) -> Any:
+        """The network that is validated and kept."""
+        return self.network if self.average is None else self.average
 
     def batches(self) -> Iterator[Batch]:
         def load(step: int) -> Batch:
@@ -160,8 +171,10 @@ class Training(TrainingLoop[Batch]):
                 indices,
                 seeds=[self.image_seed(step, index) for index in indices],
                 label_offset=self.spec.label_offset,
-                augmentations=self.params["augmentations"],
+                augmentations=[name for name in self.params["augmentations"] if name != "mosaic" or step < late],
             )
+
+        late = MOSAIC_UNTIL * self.total_steps
 
         num_workers = loading_threads(self.job.options["num_workers"])
         return load_ahead(load, range(self.step, self.total_steps), num_workers)
@@ -181,16 +194,30 @@ class Training(TrainingLoop[Batch]):
         if self.params["gradient_clip"]:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.params["gradient_clip"])
         self.optimizer.step()
+        self._update_average()
         return parts
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Move the average towards the weights: at first fast, as it began with weights that had learned nothing."""
+        if self.average is None:
+            return
+        decay = min(self.params["ema_decay"], (1 + self.step) / (10 + self.step))
+        own = self.network.state_dict()
+        for name, kept in self.average.state_dict().items():
+            if kept.dtype.is_floating_point:
+                kept.lerp_(own[name], 1 - decay)
+            else:
+                kept.copy_(own[name])
 
     def validate(self) -> Scores | None:
         return None if self.validation is None else self._score(self.validation)
 
     def snapshot(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+        return {name: value.detach().cpu().clone() for name, value in self.scored.state_dict().items()}
 
     def _score(self, inputs: Inputs) -> Scores:
-        detector = TorchvisionDetector(self.network, self.job.model, self.job.classes, self.image_size)
+        detector = TorchvisionDetector(self.scored, self.job.model, self.job.classes, self.image_size)
         found: list[Detections] = []
         for start in range(0, len(inputs.data), PREDICT_BATCH):
             self.workspace.raise_if_stopped()
@@ -201,8 +228,8 @@ class Training(TrainingLoop[Batch]):
 
     def _finish(self) -> Trained:
         if self.best.state is not None:
-            self.network.load_state_dict(self.best.state)
-        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
+            self.scored.load_state_dict(self.best.state)
+        state = {name: value.detach().cpu().contiguous() for name, value in self.scored.state_dict().items()}
         with atomic_write(self.workspace.model / ARTIFACT) as file:
             file.write(save(state))
         metrics = self.final_metrics(None if self.test is None else self._score(self.test))
@@ -233,6 +260,7 @@ class Training(TrainingLoop[Batch]):
             {
                 "step": self.step,
                 "network": self.network.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "best": vars(self.best),
                 "origin": msgspec.to_builtins(self.origin),
@@ -245,6 +273,8 @@ class Training(TrainingLoop[Batch]):
     def _restore(self) -> None:
         saved = torch.load(self._checkpoint_file, map_location="cpu", weights_only=True)
         self.network.load_state_dict(saved["network"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.best = Best(**saved["best"])
         self.step = int(saved["step"])

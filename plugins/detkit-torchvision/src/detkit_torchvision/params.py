@@ -12,8 +12,9 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from detkit.backends import LocalOptions, ModelSpec, Suggestion
-from detkit.errors import WeightsMissing
+from detkit.errors import InvalidValue, WeightsMissing
 from detkit.params import (
+    EmaDecay,
     GradientClip,
     ImageSize,
     LearningRate,
@@ -27,7 +28,7 @@ from detkit.params import (
     Weights,
 )
 
-Augmentation = Literal["hflip", "vflip", "zoom", "color"]
+Augmentation = Literal["hflip", "vflip", "zoom", "color", "mosaic"]
 
 
 class TorchvisionParams(LoopParams, frozen=True):
@@ -38,10 +39,14 @@ class TorchvisionParams(LoopParams, frozen=True):
     momentum: Momentum = 0.9
     weight_decay: WeightDecay = 0.02
     gradient_clip: GradientClip | None = 10.0
+    ema_decay: EmaDecay | None = None
     image_size: ImageSize = "auto"
     augmentations: Annotated[
         tuple[Augmentation, ...],
-        Meta(description="random changes to each training image: mirror, turn upside down, zoom and crop, light"),
+        Meta(
+            description="random changes to each training image: mirror, turn upside down, zoom and crop, light, and a "
+            "crop of four images together (not in the last quarter of training)"
+        ),
     ] = ("hflip",)
     weights: Weights = None
     nms_threshold: NmsThreshold | None = None
@@ -68,6 +73,10 @@ _STOCK = replace(
     weights="auto",
     batch_size=4,
 )
+"""For fine-tuning. Where a model names a learning rate as a product, it is that of torchvision's recipe (its
+references/detection/README.md; pull requests 5756 and 5763 for the v2 models) times our batch over the recipe's."""
+
+_ALL_WEIGHTS = ("coco", "imagenet", "auto")
 _LICENCE = "BSD-3-Clause (torchvision); trained on COCO 2017, whose own terms may apply"
 
 MODELS: Mapping[str, ModelSpec] = {
@@ -81,20 +90,56 @@ MODELS: Mapping[str, ModelSpec] = {
     ),
     "ssdlite320_mobilenet_v3_large": ModelSpec(
         params=replace(_STOCK, learning_rate=0.02, batch_size=16),
-        summary="torchvision's SSDlite at 320 pixels; for fine-tuning on a CPU",
+        summary="torchvision's SSDlite at 320 pixels, COCO AP 21.3; for fine-tuning on a CPU",
         weights=("coco", "auto"),
         licence=_LICENCE,
     ),
     "fasterrcnn_mobilenet_v3_large_320_fpn": ModelSpec(
         params=_STOCK,
-        summary="torchvision's light Faster R-CNN at 320 pixels",
-        weights=("coco", "imagenet", "auto"),
+        summary="torchvision's light Faster R-CNN at 320 pixels, COCO AP 22.8; for fine-tuning on a CPU",
+        weights=_ALL_WEIGHTS,
+        licence=_LICENCE,
+    ),
+    "ssd300_vgg16": ModelSpec(
+        params=replace(_STOCK, learning_rate=0.002 * 8 / 32, weight_decay=5e-4, batch_size=8),
+        summary="torchvision's SSD with VGG-16 at exactly 300 pixels, COCO AP 25.1; for a GPU",
+        weights=_ALL_WEIGHTS,
+        licence=_LICENCE,
+    ),
+    "fasterrcnn_mobilenet_v3_large_fpn": ModelSpec(
+        params=replace(_STOCK, learning_rate=0.02 * 4 / 16),
+        summary="torchvision's light Faster R-CNN at 800 pixels, COCO AP 32.8; for a GPU",
+        weights=_ALL_WEIGHTS,
+        licence=_LICENCE,
+    ),
+    "retinanet_resnet50_fpn": ModelSpec(
+        params=replace(_STOCK, learning_rate=0.01 * 4 / 16),
+        summary="torchvision's RetinaNet with ResNet-50, COCO AP 36.4; for a GPU",
+        weights=_ALL_WEIGHTS,
+        licence=_LICENCE,
+    ),
+    "fasterrcnn_resnet50_fpn": ModelSpec(
+        params=replace(_STOCK, learning_rate=0.02 * 4 / 16),
+        summary="torchvision's first Faster R-CNN with ResNet-50, COCO AP 37.0; for a GPU",
+        weights=_ALL_WEIGHTS,
+        licence=_LICENCE,
+    ),
+    "fcos_resnet50_fpn": ModelSpec(
+        params=replace(_STOCK, learning_rate=0.01 * 4 / 16),
+        summary="torchvision's FCOS with ResNet-50, COCO AP 39.2; for a GPU",
+        weights=_ALL_WEIGHTS,
+        licence=_LICENCE,
+    ),
+    "retinanet_resnet50_fpn_v2": ModelSpec(
+        params=replace(_STOCK, optimizer="adamw", learning_rate=1e-4 * 4 / 16, weight_decay=0.05),
+        summary="torchvision's improved RetinaNet with ResNet-50, COCO AP 41.5; for a GPU",
+        weights=_ALL_WEIGHTS,
         licence=_LICENCE,
     ),
     "fasterrcnn_resnet50_fpn_v2": ModelSpec(
-        params=replace(_STOCK, learning_rate=0.005),
-        summary="torchvision's Faster R-CNN with ResNet-50; for a GPU",
-        weights=("coco", "imagenet", "auto"),
+        params=replace(_STOCK, learning_rate=0.02 * 4 / 16),
+        summary="torchvision's improved Faster R-CNN with ResNet-50, COCO AP 46.7; for a GPU",
+        weights=_ALL_WEIGHTS,
         licence=_LICENCE,
     ),
 }
@@ -102,11 +147,23 @@ MODELS: Mapping[str, ModelSpec] = {
 COCO_FILES: Mapping[str, str] = {
     "ssdlite320_mobilenet_v3_large": "ssdlite320_mobilenet_v3_large_coco-a79551df.pth",
     "fasterrcnn_mobilenet_v3_large_320_fpn": "fasterrcnn_mobilenet_v3_large_320_fpn-907ea3f9.pth",
+    "ssd300_vgg16": "ssd300_vgg16_coco-b556d3b4.pth",
+    "fasterrcnn_mobilenet_v3_large_fpn": "fasterrcnn_mobilenet_v3_large_fpn-fb6a3cc7.pth",
+    "retinanet_resnet50_fpn": "retinanet_resnet50_fpn_coco-eeacb38b.pth",
+    "fasterrcnn_resnet50_fpn": "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+    "fcos_resnet50_fpn": "fcos_resnet50_fpn_coco-99b0c9b7.pth",
+    "retinanet_resnet50_fpn_v2": "retinanet_resnet50_fpn_v2_coco-5905b1c5.pth",
     "fasterrcnn_resnet50_fpn_v2": "fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth",
 }
-"""torchvision's file names, repeated here so that looking for them needs no torch; a test compares."""
+"""torchvision's file names, ordered by AP on COCO; repeated here so that looking for them needs no torch."""
 
 _FROM_SCRATCH = "fcos_tiny"
+
+_ON_A_CPU = ("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn")
+"""What a CPU fine-tunes in hours, the lighter first: below 1 GFLOP an image; the next needs 4.5."""
+
+_ONLY_SIZE = {"ssd300_vgg16": 300}
+"""Models whose default boxes are laid out for one size of input, in pixels."""
 
 
 def weights_cache() -> Path:
@@ -118,22 +175,23 @@ def weights_cache() -> Path:
 
 def suggest() -> Suggestion:
     """Prefer the best model whose COCO weights are here and which this machine can train; else start from scratch."""
-    gpu = shutil.which("nvidia-smi") is not None
-    order = sorted(COCO_FILES, key=list(MODELS).index, reverse=gpu)
-    for model in order if gpu else order[:1]:
+    order = _ON_A_CPU if shutil.which("nvidia-smi") is None else tuple(reversed(COCO_FILES))
+    for model in order:
         if (weights_cache() / COCO_FILES[model]).is_file():
             return Suggestion(model, f"its COCO weights are in {weights_cache()}, so it is fine-tuned")
-    candidate = order[0]
     return Suggestion(
         _FROM_SCRATCH,
         f"trained from scratch, as there are no COCO weights in {weights_cache()}; "
-        f"`--model torchvision/{candidate} weights=coco` would fetch some and fine-tune",
+        f"`--model torchvision/{order[0]} weights=coco` would fetch some and fine-tune",
     )
 
 
-def require_weights(model: str, params: Params) -> None:
-    """Raise before any data is read when ``weights=auto`` finds nothing in the cache."""
+def require(model: str, params: Params) -> None:
+    """Raise before any data is read for a size that the model cannot have, or when ``weights=auto`` finds nothing."""
     assert isinstance(params, TorchvisionParams)
+    size = _ONLY_SIZE.get(model)
+    if size is not None and params.image_size not in {"auto", size}:
+        raise InvalidValue("image_size", params.image_size, f"{model} takes inputs of {size} pixels only")
     if params.weights == "auto" and not (path := weights_cache() / COCO_FILES[model]).is_file():
         raise WeightsMissing("auto", model, path, "they are not in the cache; weights=coco would fetch them")
 

@@ -1,0 +1,130 @@
+"""``detkit compare``."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from detkit.cli import messages
+from detkit.cli.evaluation import ClassMap, Fresh, parse_class_map
+from detkit.cli.runs import Json
+
+if TYPE_CHECKING:
+    from detkit.data import Dataset
+
+
+def compare(
+    *,
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]RUN|MODEL|PREDICTIONS ... [DATA[:SPLIT]]",
+            help="What to compare, and at the end annotated images; those the runs kept aside if absent.",
+            show_default=False,
+        ),
+    ],
+    save: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Write a page (.html) or a table (.md, .csv, .json); repeatable."),
+    ] = None,
+    metric: Annotated[str, typer.Option(metavar="AP|AP50|AP75", help="What says who is ahead.")] = "AP",
+    class_map: ClassMap = None,
+    allow_seen: Annotated[
+        bool, typer.Option("--allow-seen", help="Score images of the training, too, and mark the numbers.")
+    ] = False,
+    on_invalid: Annotated[
+        str, typer.Option(metavar="raise|drop", help="Faulty boxes of DATA: refuse them, or leave them out.")
+    ] = "raise",
+    max_detections: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Detections of a class in an image that count; the models' largest if absent."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="The data's format; recognised if absent.")
+    ] = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Score several models, or files of predictions, on the same images, and say who really beats whom."""
+    from detkit.comparison import compare, refuse_ending
+    from detkit.errors import UsageError
+    from detkit.io import read_dataset
+
+    for path in save or []:  # before anything takes time
+        refuse_ending(path)
+    entrants, data = _sort(words)
+    if format is not None and data is None:
+        raise UsageError("--format tells how to read DATA; name the data set, too")
+    truth: Dataset | str | None = read_dataset(data, format=format) if data is not None and format is not None else data
+    found = compare(
+        entrants,
+        truth,
+        metric=metric,
+        allow_seen=allow_seen,
+        on_invalid=on_invalid,  # type: ignore[arg-type]
+        max_detections=max_detections,
+        class_map=parse_class_map(class_map),
+        device=device,
+        fresh=fresh,
+        progress=sys.stderr.isatty(),
+    )
+    if as_json:
+        messages.print_json(found.to_dict())
+    else:
+        print(found)
+    for path in save or []:
+        messages.tell(f"wrote {messages.shown(found.save(path, command=shlex.join(['detkit', *sys.argv[1:]])))}")
+
+
+def _sort(words: Sequence[str]) -> tuple[dict[str, str], str | None]:
+    """Tell what to compare, by name, from the data set, which comes last and is none of that kind."""
+    from detkit.comparison import name_entrants
+    from detkit.errors import UsageError
+
+    data = None
+    if words and not _is_entrant(_labelled(words[-1])[1]):
+        *words, data = words
+    if not words:
+        raise UsageError(f"{data} is no run, model or file of predictions; write `detkit compare RUN RUN DATA:test`")
+    labelled = [_labelled(word) for word in words]
+    named = name_entrants([place for _, place in labelled])
+    names = [label or name for (label, _), name in zip(labelled, named, strict=True)]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two entries have the same name: {', '.join(names)}; write NAME=RUN to tell them apart")
+    return {name: place for name, (_, place) in zip(names, labelled, strict=True)}, data
+
+
+def _labelled(word: str) -> tuple[str, str]:
+    label, equals, place = word.partition("=")
+    return (label, place) if equals and label and not Path(word).exists() else ("", word)
+
+
+def _is_entrant(place: str) -> bool:
+    from detkit.errors import UsageError
+    from detkit.evaluation import is_prediction_file
+    from detkit.predictor import find_model
+
+    try:
+        if is_prediction_file(place):
+            return not _is_dataset(place)
+        find_model(place)
+    except UsageError:
+        return False
+    return True
+
+
+def _is_dataset(file: str) -> bool:
+    from detkit.errors import UsageError
+    from detkit.io import recognise
+
+    try:
+        recognise(file)
+    except UsageError:
+        return False
+    return True

@@ -1,0 +1,322 @@
+"""What models found on images, kept so that no model looks at an image twice.
+
+One SQLite file for each model lies in ``$DETKIT_CACHE/predictions``, by default under ``~/.cache/detkit``;
+``DETKIT_CACHE=off`` keeps nothing. An entry counts for the same model, thresholds, code of engine and detkit, and bytes
+of the image file. Whatever is wrong with a file, the model merely looks again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import sqlite3
+import time
+import warnings
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from detkit import plugins
+from detkit.backends import PredictOptions
+from detkit.detections import Detections
+from detkit.errors import DetkitWarning, UsageError
+from detkit.files import cache_folder, file_sha256
+from detkit.predictor import Predictor
+from detkit.progress import track
+from detkit.scores import SCORE_FLOOR
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from detkit.data import Dataset
+    from detkit.job import Model
+
+_VERSION = 1
+"""Of the tables; part of the files' names."""
+_OWN_CODE = ("backends", "boxes", "detections", "images", "predictor", "recordio", "wire", "worker")
+"""What of detkit itself stands between an image file and the detections on it."""
+_ASKED_AT_ONCE = 500
+_FLUSH_S, _FLUSH_ROWS = 1.0, 512
+"""So much is lost at most when the process is killed."""
+_WAIT_S = 5.0
+"""For another process that writes."""
+
+
+class _Columns(msgspec.Struct, array_like=True):
+    boxes: bytes
+    labels: bytes
+    scores: bytes
+    masks: list[Any] | None
+
+
+class Kept(NamedTuple):
+    """What is known of one image."""
+
+    detections: Detections
+    """With an empty path: other files may have the same content."""
+    seconds: float
+    """That the model took for it."""
+    device: str
+    """As it was asked for, e.g. ``auto``."""
+
+
+class PredictionStore:
+    """Detections of one model with one set of options, by the sha256 of the image file. A context manager."""
+
+    def __init__(self, model: Model, options: PredictOptions) -> None:
+        self._classes = model.classes
+        folder, name = cache_folder(), file_sha256(model.path / "detkit.json")[:32]
+        self.path: Path | None = None if folder is None else folder / "predictions" / f"{name}-{_VERSION}.sqlite"
+        """The file; None where nothing is kept."""
+        key = json.dumps(
+            {
+                "score_threshold": float(options.score_threshold),
+                "nms_threshold": None if options.nms_threshold is None else float(options.nms_threshold),
+                "max_detections": options.max_detections or model.manifest.max_detections,
+                "versions": plugins.versions(model.manifest.backend),
+                "code": [_code("detkit", _OWN_CODE), _code(model.manifest.engine.partition(":")[0].partition(".")[0])],
+            },
+            sort_keys=True,
+        )
+        self._settings = hashlib.sha256(key.encode()).digest()
+        self._pending: list[tuple[bytes, bytes, int, int, bytes, float, str]] = []
+        self._flushed = time.monotonic()
+        self._database: sqlite3.Connection | None = None
+
+    def __enter__(self) -> PredictionStore:
+        self._open()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._flush()
+        if self._database is not None:
+            self._database.close()
+        self._database = None
+
+    def get(self, digests: Sequence[str]) -> list[Kept | None]:
+        """Return what is known of each image, by the sha256 of its file; None where nothing is."""
+        known: dict[str, Kept] = {}
+        wanted = sorted({digest for digest in digests if _is_digest(digest)})
+        with self._forgiven():
+            self._flush()
+            for start in range(0, len(wanted), _ASKED_AT_ONCE):
+                if self._database is None:
+                    break
+                some = [bytes.fromhex(digest) for digest in wanted[start : start + _ASKED_AT_ONCE]]
+                marks = ",".join("?" * len(some))
+                rows = self._database.execute(
+                    f"select image, width, height, found, seconds, device from found"
+                    f" where settings = ? and image in ({marks})",
+                    [self._settings, *some],
+                )
+                for image, *row in rows:
+                    kept = self._unpack(*row)
+                    if kept is not None:
+                        known[image.hex()] = kept
+        return [known.get(digest) for digest in digests]
+
+    def put(self, digest: str, found: Detections, seconds: float, device: str = "") -> None:
+        """Keep what the model found on an image, and how long that took; it is on disk within about a second."""
+        if self._database is None or not _is_digest(digest):
+            return
+        columns = _Columns(
+            np.ascontiguousarray(found.boxes, dtype="<f8").tobytes(),
+            np.ascontiguousarray(found.labels, dtype="<i8").tobytes(),
+            np.ascontiguousarray(found.scores, dtype="<f8").tobytes(),
+            None if found.masks is None else list(found.masks),
+        )
+        content = msgspec.msgpack.encode(columns)
+        content = zlib.crc32(content).to_bytes(4, "big") + content
+        image = bytes.fromhex(digest)
+        self._pending.append((self._settings, image, found.width, found.height, content, float(seconds), device))
+        if time.monotonic() - self._flushed > _FLUSH_S or len(self._pending) >= _FLUSH_ROWS:
+            self._flush()
+
+    def _unpack(self, width: Any, height: Any, content: Any, seconds: Any, device: Any) -> Kept | None:
+        """Return an entry; None where anything about it is not as it was written."""
+        try:
+            if zlib.crc32(memoryview(content)[4:]) != int.from_bytes(content[:4], "big"):
+                return None
+            columns = msgspec.msgpack.decode(memoryview(content)[4:], type=_Columns)
+            found = Detections(
+                path="",
+                width=int(width),
+                height=int(height),
+                classes=self._classes,
+                boxes=np.frombuffer(columns.boxes, dtype="<f8").astype(np.float64).reshape(-1, 4),
+                labels=np.frombuffer(columns.labels, dtype="<i8").astype(np.int64),
+                scores=np.frombuffer(columns.scores, dtype="<f8").astype(np.float64),
+                masks=None if columns.masks is None else tuple(columns.masks),
+            )
+            kept = Kept(found, float(seconds), str(device))
+        except (ValueError, TypeError, msgspec.MsgspecError):
+            return None
+        sound = not len(found) or (found.labels.min() >= 0 and found.labels.max() < len(self._classes))
+        return kept if sound else None
+
+    def _open(self) -> None:
+        if self.path is None:
+            return
+        with self._forgiven():
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._database = sqlite3.connect(self.path, timeout=_WAIT_S)
+            self._database.execute(
+                "create table if not exists found (settings blob, image blob, width integer, height integer,"
+                " found blob, seconds real, device text, primary key (settings, image))"
+            )
+
+    def _flush(self) -> None:
+        if not self._pending or self._database is None:
+            return
+        rows, self._pending = self._pending, []
+        with self._forgiven(), self._database:
+            self._database.executemany("insert or replace into found values (?,?,?,?,?,?,?)", rows)
+        self._flushed = time.monotonic()
+
+    @contextlib.contextmanager
+    def _forgiven(self) -> Iterator[None]:
+        """Go on without what could not be read or written; a damaged file is set aside, and the next one is new."""
+        try:
+            yield
+        except sqlite3.OperationalError:  # locked, no space, no permission
+            return
+        except sqlite3.DatabaseError as error:
+            self._set_aside(error)
+        except OSError:
+            return
+
+    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+        database, self._database = self._database, None
+        if database is not None:
+            with contextlib.suppress(sqlite3.Error):
+                database.close()
+        assert self.path is not None
+        aside = self.path.with_suffix(".damaged")
+        with contextlib.suppress(OSError):
+            os.replace(self.path, aside)
+            self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)  # it would mend the new one
+            warnings.warn(
+                f"{self.path} is damaged ({error}) and now called {aside.name}; images are looked at anew. "
+                "it can be removed",
+                DetkitWarning,
+                stacklevel=5,
+            )
+            self._open()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Predicted:
+    """What a model found on every image of a data set."""
+
+    detections: list[Detections]
+    """One for each image, in order."""
+    seconds: NDArray[np.float64]
+    """``(n,)`` seconds that the model took for each, decoding not counted; those of a batch share its time."""
+    reused: int
+    """How many came from the store."""
+    device: str
+    """As it was asked for when the model looked, e.g. ``auto``; all of them where there were several."""
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        """The median, which the slow first batch of a cold model does not move; None without images."""
+        return float(np.median(self.seconds)) if len(self.seconds) else None
+
+
+def predict_all(
+    model: Model,
+    data: Dataset,
+    digests: Sequence[str],
+    *,
+    score_threshold: float = SCORE_FLOOR,
+    nms_threshold: float | None = None,
+    max_detections: int | None = None,
+    device: str = "auto",
+    batch_size: int = 8,
+    isolate: bool = False,
+    fresh: bool = False,
+    doing: str = "predict",
+) -> Predicted:
+    """Return what a model finds on every image of ``data``; it is opened only for images that it has not seen so.
+
+    ``digests`` are the sha256 of the image files, in order. ``fresh`` looks at every image again, and keeps that.
+    A bar, with ``doing`` beside it, is shown within `detkit.progress.shown`. Raises as `Predictor` does.
+    """
+    if len(digests) != len(data):
+        raise UsageError(f"{len(digests)} digests for {len(data)} images; expected one for each, in order")
+    limit = max_detections or model.manifest.max_detections
+    options = PredictOptions(
+        device=device, score_threshold=score_threshold, nms_threshold=nms_threshold, max_detections=limit
+    )
+    with PredictionStore(model, options) as store:
+        entries: list[Kept | None] = [None] * len(data) if fresh else store.get(digests)
+        missing = [i for i, entry in enumerate(entries) if entry is None]
+        if missing:
+            todo = data if len(missing) == len(data) else data.take(missing)
+            with Predictor(
+                model,
+                score_threshold=score_threshold,
+                nms_threshold=nms_threshold,
+                max_detections=limit,
+                device=device,
+                batch_size=batch_size,
+                isolate=isolate,
+            ) as predictor:
+                found = track(_timed(predictor, todo), doing, total=len(todo))
+                for i, (detections, seconds) in zip(missing, found, strict=True):
+                    entries[i] = Kept(detections, seconds, device)
+                    store.put(digests[i], detections, seconds, device)
+    complete = [entry for entry in entries if entry is not None]
+    return Predicted(
+        detections=[replace(entry.detections, path=path) for entry, path in zip(complete, data.paths, strict=True)],
+        seconds=np.array([entry.seconds for entry in complete], dtype=np.float64),
+        reused=len(data) - len(missing),
+        device=", ".join(sorted({entry.device for entry in complete})),
+    )
+
+
+def _timed(predictor: Predictor, data: Dataset) -> Iterator[tuple[Detections, float]]:
+    """Yield the detections on each image, and the share of its batch's time that falls to it."""
+    busy_s, num_images, each = predictor.busy_s, predictor.num_images, 0.0
+    for found in predictor.predict(data):
+        if predictor.num_images > num_images:
+            each = (predictor.busy_s - busy_s) / (predictor.num_images - num_images)
+            busy_s, num_images = predictor.busy_s, predictor.num_images
+        yield found, each
+
+
+def store_size() -> int:
+    """Return the bytes of all files in the store."""
+    folder, size = cache_folder(), 0
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            size = sum(file.stat().st_size for file in (folder / "predictions").iterdir())
+    return size
+
+
+def _is_digest(text: str) -> bool:
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
+@functools.cache
+def _code(package: str, modules: tuple[str, ...] = ()) -> str:
+    """Return the sha256 of a package's Python files: plugins are developed, too, without a new version every time."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    h = hashlib.sha256()
+    for folder in map(Path, (spec.submodule_search_locations or []) if spec is not None else []):
+        for file in sorted(folder / f"{name}.py" for name in modules) or sorted(folder.rglob("*.py")):
+            with contextlib.suppress(OSError):
+                h.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
+    return h.hexdigest()

@@ -1,0 +1,190 @@
+"""Comparing entries: one protocol, paired differences, refusals, tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detkit import Dataset, Detections, Run, Trainer, compare, evaluate, score
+from detkit.comparison import name_entrants
+from detkit.errors import ClassMismatch, InvalidValue, ProtocolMismatch, SeenImages, UnknownName, UsageError
+from detkit.testing import tiny_dataset
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Forty small pictures."""
+    return tiny_dataset(tmp_path_factory.mktemp("many") / "images", num_images=40)
+
+
+@pytest.fixture(scope="module")
+def runs(many: Dataset, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """Two runs of the same split: 20 images for training, 8 for validation, 12 kept aside."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = []
+    for epochs in (1, 8):
+        trainer = Trainer(model="echo/memory", epochs=epochs)
+        name = str(folder / f"epochs{epochs}")
+        found.append(trainer.fit(many[:20], many[20:28], many[28:], name=name, quiet=True))
+    return found
+
+
+def detected(data: Dataset, noise: float, seed: int, classes: tuple[str, ...] | None = None) -> list[Detections]:
+    """Return the objects of a data set as a model would find them that is off by ``noise`` pixels."""
+    rng = np.random.default_rng(seed)
+    names = classes or data.classes
+    found = []
+    for sample in data:
+        n = len(sample.names)
+        scores = np.sort(rng.uniform(0.3, 1, n))[::-1]
+        found.append(
+            Detections(
+                path=sample.path,
+                width=sample.width,
+                height=sample.height,
+                classes=names,
+                boxes=sample.boxes + rng.normal(0, noise, (n, 4)),
+                labels=np.array([data.classes.index(name) for name in sample.names], dtype=np.int64),
+                scores=scores,
+            )
+        )
+    return found
+
+
+def test_the_better_one_wins_and_equal_ones_do_not(many: Dataset) -> None:
+    good, same, bad = (score(many, detected(many, noise, seed)) for noise, seed in ((0.5, 1), (0.5, 2), (6.0, 3)))
+    found = compare({"good": good, "same": same, "bad": bad})
+    verdicts = {(one.first, one.second): one for one in found.differences}
+    assert verdicts["good", "bad"].winner == "good" and verdicts["same", "bad"].winner == "same"
+    assert verdicts["good", "same"].winner is None
+    assert "good beats bad by" in str(found) and "no difference shown" in str(found)
+    value = verdicts["good", "bad"].interval
+    assert value.value == pytest.approx(good["AP"] - bad["AP"])
+    assert value.low < value.value < value.high and value.low > 0
+    assert all(one.corrected_p_value >= one.p_value for one in found.differences)
+    # The other way round the verdict is the same.
+    turned = compare({"bad": bad, "good": good}).differences[0]
+    assert turned.winner == "good"
+    assert turned.interval.low == pytest.approx(-value.high) and turned.interval.high == pytest.approx(-value.low)
+
+
+def test_runs_are_compared_on_what_they_kept_aside(runs: list[Run]) -> None:
+    found = compare(runs)
+    assert [entry.name for entry in found.entries] == ["epochs1", "epochs8"]
+    for entry, run in zip(found.entries, runs, strict=True):
+        assert dict(entry.scores) == dict(evaluate(run))
+        assert entry.seconds_per_image is not None and entry.seconds_per_image > 0
+        assert entry.scores.protocol.num_images == 12
+    assert found.entries[0].scores.protocol == found.entries[1].scores.protocol
+    assert "scratch" in str(found)
+
+
+def test_models_files_arrays_and_scores_side_by_side(runs: list[Run], many: Dataset, tmp_path: Path) -> None:
+    from detkit import write_predictions
+
+    test = many[28:]
+    theirs = detected(test, 1.0, 5)
+    write_predictions(tmp_path / "theirs.json", test, theirs)
+    found = compare([runs[1], tmp_path / "theirs.json", theirs, score(test, theirs, score_floor=0.001)], test)
+    assert [entry.name for entry in found.entries] == ["epochs8", "theirs", "predictions 3", "scores 4"]
+    assert found["theirs"]["AP"] == pytest.approx(found["predictions 3"]["AP"], abs=1e-6)
+    assert found["predictions 3"]["AP"] == found["scores 4"]["AP"]
+    with pytest.raises(UnknownName, match="epochs8"):
+        found["epochs9"]
+
+
+def test_scores_of_other_data_or_limits_are_refused(many: Dataset) -> None:
+    a = score(many, detected(many, 1, 0))
+    with pytest.raises(ProtocolMismatch, match="max_detections: 100 and 300") as caught:
+        compare({"a": a, "b": score(many, detected(many, 1, 0), max_detections=300)})
+    assert set(caught.value.differing) == {"max_detections"}
+    other = many[:39]
+    with pytest.raises(ProtocolMismatch, match=r"num_images: 40 and 39; .*data: "):
+        compare({"a": a, "b": score(other, detected(other, 1, 0))})
+
+
+def test_runs_that_kept_different_images_are_refused(runs: list[Run], many: Dataset, tmp_path: Path) -> None:
+    other = Trainer(model="echo/memory", epochs=1).fit(
+        many[:20], many[20:28], many[30:], name=str(tmp_path / "other"), quiet=True
+    )
+    with pytest.raises(UsageError, match=r"epochs1 and other kept different test images aside \(12 and 10\)"):
+        compare([runs[0], other])
+    assert len(compare([runs[0], other], many[30:])) == 2
+
+
+def test_seen_images_are_refused_or_marked_everywhere(runs: list[Run], many: Dataset) -> None:
+    with pytest.raises(SeenImages, match="20 of 40 images were used in training"):
+        compare(runs, many)
+    found = compare(runs, many, allow_seen=True)
+    assert str(found).count("SEEN IN TRAINING") == 2
+    assert "SEEN IN TRAINING" in found.to_markdown() and "SEEN IN TRAINING" in found._repr_html_()
+    assert [row["seen_in"] for row in found.rows()] == ["training", "training"]
+
+
+def test_other_class_names_need_a_map(many: Dataset) -> None:
+    known = ("Disc", *many.classes[1:])
+    theirs = detected(many, 1, 0, known)
+    with pytest.raises(ClassMismatch, match=repr(many.classes[0])):
+        compare({"theirs": theirs}, many)
+    mapped = compare({"theirs": theirs}, many, class_map={"Disc": many.classes[0]})
+    assert mapped["theirs"]["AP"] == score(many, detected(many, 1, 0), score_floor=0.001)["AP"]
+
+
+def test_tables(many: Dataset, tmp_path: Path) -> None:
+    found = compare({"a|b": score(many, detected(many, 1, 0)), "<i>": score(many, detected(many, 3, 1))})
+    rows = list(csv.DictReader(io.StringIO(found.save(tmp_path / "t.csv").read_text())))
+    assert [row["name"] for row in rows] == ["a|b", "<i>"]
+    assert float(rows[0]["AP"]) == found["a|b"]["AP"]
+    assert float(rows[0]["AP_low"]) < float(rows[0]["AP"]) < float(rows[0]["AP_high"])
+    text = found.save(tmp_path / "t.md").read_text()
+    assert r"| a\|b |" in text and "COCO protocol" in text
+    plain = json.loads(found.save(tmp_path / "t.json").read_text())
+    assert plain["entries"][1]["scores"]["scores"]["AP"] == found["<i>"]["AP"]
+    assert plain["differences"][0]["winner"] == "a|b"
+    assert "<i>" not in found._repr_html_() and "&lt;i&gt;" in found._repr_html_()
+    page = found.save(tmp_path / "page.html").read_text()
+    assert page.lower().startswith("<!doctype html>")
+    with pytest.raises(InvalidValue, match=r"ends in \.html"):
+        found.save(tmp_path / "t.xlsx")
+    assert not (tmp_path / "t.xlsx").exists()
+
+
+def test_the_metric_that_decides(many: Dataset) -> None:
+    entries = {"a": score(many, detected(many, 1, 0)), "b": score(many, detected(many, 2, 1))}
+    found = compare(entries, metric="AP50")
+    assert found.intervals["a"].value == entries["a"]["AP50"]
+    with pytest.raises(InvalidValue, match="AP or AP50 or AP75"):
+        compare(entries, metric="AR100")
+    with pytest.raises(UsageError, match="nothing to compare"):
+        compare([])
+
+
+def test_one_image_has_no_interval(many: Dataset) -> None:
+    one = many[:1]
+    found = compare({"a": score(one, detected(one, 1, 0)), "b": score(one, detected(one, 2, 0))})
+    assert math.isnan(found.intervals["a"].low)
+    assert found.differences[0].winner is None
+    assert json.loads(json.dumps(found.to_dict()))["differences"][0]["winner"] is None
+
+
+def test_names_are_told_apart(runs: list[Run]) -> None:
+    assert name_entrants([runs[0], runs[0], runs[1], runs[0]]) == ["epochs1", "epochs1 (2)", "epochs8", "epochs1 (3)"]
+
+
+class Broken:
+    """Nothing that can be compared."""
+
+
+def test_what_is_none_of_these(many: Dataset) -> None:
+    nothing: Any = Broken()
+    with pytest.raises(UsageError, match="cannot be scored"):
+        compare([nothing], many)
