@@ -80,7 +80,10 @@ def draw(
         n = int(rng.integers(0, max_objects + 1))
         size = np.exp(rng.uniform(np.log(6), np.log(220), (n, 2)))
         corner = rng.uniform(0, 420, (n, 2))
-        boxes = np.round(np.concatenate([corner, corner + size], axis=1), int(rng.integers(0, 3)))
+        boxes = np.concatenate([corner, corner + size], axis=1)
+        for j in np.flatnonzero(rng.random(n) < 0.3)[1:]:  # beside another one, so that detections have a choice
+            boxes[j] = boxes[j - 1] + np.tile(rng.normal(0, 3, 2), 2)
+        boxes = np.round(boxes, int(rng.integers(0, 3)))
         labels = rng.integers(0, len(NAMES), n)
         samples.append(
             Sample(

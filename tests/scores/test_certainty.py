@@ -19,7 +19,7 @@ from detkit.scores import certainty, score
 from detkit.scores.certainty import Resampling, holm, interval, p_value, summarize
 
 if TYPE_CHECKING:
-    from conftest import Make
+    from conftest import Detect, Make, Referee
 
 TEN = np.linspace(0.5, 0.95, 10)
 
@@ -81,13 +81,26 @@ def test_weights_of_one_are_the_headline(
         assert float(summarize(ap, name)) == pytest.approx(scores[name], abs=1e-9, nan_ok=True)
 
 
-def test_every_overlap_is_that_of_pycocotools(make: Make, referee) -> None:
+def test_every_overlap_is_that_of_pycocotools(make: Make, referee: Referee) -> None:
     for seed in range(10):
         data, detections = make(seed, num_images=6, max_objects=9, max_found=25, levels=20, flags=0.2)
         ap = Resampling(score(data, detections).basis.matching).average_precision(np.ones(6, dtype=np.int64))
         precision = referee(data, detections).precision[:, :, :, 0, 2]
         expected = np.where(precision > -1, precision, np.nan).mean(axis=1)
         np.testing.assert_allclose(ap, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_of_equal_overlaps_the_later_object_is_taken(detected: Detect, later: int) -> None:
+    """As cocoapi does: then one of the two orders leaves the second detection the object it lies on."""
+    boxes = np.array([[0, 0, 20, 20], [4, 0, 24, 20]], dtype=float)
+    ordered = boxes if later else boxes[::-1]
+    sample = Sample(path="a.jpg", width=640, height=640, boxes=ordered, names=("bolt", "bolt"))
+    data = Dataset.from_samples(("bolt",), [sample])
+    scores = score(data, [detected([[2, 0, 22, 20], [0, 0, 20, 20]], [0, 0], [0.9, 0.8], ("bolt",))])
+    ap = Resampling(scores.basis.matching).average_precision(np.ones(1, dtype=np.int64))
+    assert float(summarize(ap, "AP75")) == pytest.approx(scores["AP75"])
+    assert (scores["AP75"] == pytest.approx(1)) == bool(later)
 
 
 def test_the_same_seed_draws_the_same_images(make: Make) -> None:

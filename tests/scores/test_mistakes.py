@@ -102,6 +102,16 @@ def told(data: Dataset, found: list[Detections], **options: Any) -> str:
 @example(
     seed=0, model="guessing names", images=3, objects=(3, 3), classes=2, sizes=(20, 150), side="square", square=True
 )
+@example(
+    seed=21416689,
+    model="only ghosts",
+    images=60,
+    objects=(20, 40),
+    classes=1,
+    sizes=(300, 470),
+    side="landscape",
+    square=False,
+)
 def test_no_model_is_suspected_without_reason(seed: int, model: str, **kind: Any) -> None:
     assert told(*imagine(seed, model, **kind)) == ""
 
@@ -133,6 +143,14 @@ def test_fixed_numbers_of_detections_are_no_cut() -> None:
         for a, b in zip(found, ghosts, strict=True)
     ]
     assert told(data, joined) == ""
+
+
+def test_numbers_that_merely_end_are_no_cut() -> None:
+    """Ten or nine detections of twelve objects: a model that misses two or three."""
+    data, found = imagine(1, "perfect", images=30, objects=(12, 12))
+    some = [cut([one], 9 if i % 3 == 0 else 10)[0] for i, one in enumerate(found)]
+    assert told(data, some) == ""
+    assert "cut at 10" in told(data, cut(found, 10))
 
 
 def test_a_model_that_calls_all_by_one_name_is_bad_but_not_mixed_up() -> None:

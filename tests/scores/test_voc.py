@@ -129,10 +129,14 @@ def test_a_detection_never_falls_back_on_another_object(detected: Detect) -> Non
     data = Dataset.from_samples(
         ("bolt",), [Sample(path="a.jpg", width=640, height=640, boxes=boxes, names=("bolt",) * 2)]
     )
-    # Both overlap the first object most; the second of them overlaps the other by 0.6.
-    scores = score(data, [detected([[0, 0, 10, 10], [0, 0.5, 10, 10.5]], [0, 0], [0.9, 0.8], ("bolt",))])
+    # Both overlap the first object most; the second of them overlaps the other by 0.74.
+    both = [[0, 0, 10, 10], [0, 0.5, 10, 10.5]]
+    scores = score(data, [detected(both, [0, 0], [0.9, 0.8], ("bolt",))])
     assert scores["AP50"] == pytest.approx(1)
     assert scores.voc.map_10 == pytest.approx(0.5)
+    # A third one on the other object finds it.
+    scores = score(data, [detected([*both, [0, 2, 10, 12]], [0, 0, 0], [0.9, 0.8, 0.7], ("bolt",))])
+    assert scores.voc.map_10 == pytest.approx(0.5 + 0.5 * 2 / 3)
 
 
 def test_a_crowd_counts_neither_way(detected: Detect) -> None:
