@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_runs_that_kept_different_images_are_refused(runs: list[Run], many: Data
     other = Trainer(model="echo/memory", epochs=1).fit(
         many[:20], many[20:28], many[30:], name=str(tmp_path / "other"), quiet=True
     )
-    with pytest.raises(UsageError, match=r"epochs1 and other kept different test images aside \(12 and 10\)"):
+    with pytest.raises(UsageError, match=r"epochs1 and other kept different test images aside \(12 and 10 images\)"):
         compare([runs[0], other])
     assert len(compare([runs[0], other], many[30:])) == 2
 
@@ -125,9 +126,10 @@ def test_seen_images_are_refused_or_marked_everywhere(runs: list[Run], many: Dat
     with pytest.raises(SeenImages, match="20 of 40 images were used in training"):
         compare(runs, many)
     found = compare(runs, many, allow_seen=True)
-    assert str(found).count("SEEN IN TRAINING") == 2
+    assert str(found).count("SEEN IN TRAINING") == 3
     assert "SEEN IN TRAINING" in found.to_markdown() and "SEEN IN TRAINING" in found._repr_html_()
     assert [row["seen_in"] for row in found.rows()] == ["training", "training"]
+    assert str(found.differences[0]).endswith("(SEEN IN TRAINING)")
 
 
 def test_other_class_names_need_a_map(many: Dataset) -> None:
@@ -168,12 +170,69 @@ def test_the_metric_that_decides(many: Dataset) -> None:
         compare([])
 
 
-def test_one_image_has_no_interval(many: Dataset) -> None:
-    one = many[:1]
-    found = compare({"a": score(one, detected(one, 1, 0)), "b": score(one, detected(one, 2, 0))})
+def test_few_images_have_no_interval_and_no_winner(many: Dataset) -> None:
+    few = many[:9]
+    found = compare({"a": score(few, detected(few, 0.2, 0)), "b": score(few, detected(few, 6, 0))})
     assert math.isnan(found.intervals["a"].low)
     assert found.differences[0].winner is None
+    assert "9 image(s) are too few" in found.warnings[-1]
     assert json.loads(json.dumps(found.to_dict()))["differences"][0]["winner"] is None
+    ten = many[:10]
+    more = compare({"a": score(ten, detected(ten, 0.2, 0)), "b": score(ten, detected(ten, 6, 0))})
+    assert more.differences[0].winner == "a" and not more.warnings
+
+
+def test_the_limit_is_one_for_each_class_whoever_found_it(runs: list[Run], many: Dataset) -> None:
+    """A model's own limit holds for an image; the protocol's, which counts, for each class of it."""
+    from detkit import Predictor
+
+    test = many[28:]
+    with Predictor(runs[1], score_threshold=0.001) as predictor:
+        listed = list(predictor.predict(test))
+    found = compare({"model": runs[1], "list": listed}, test, max_detections=1)
+    assert dict(found["model"]) == dict(found["list"])
+    with pytest.raises(InvalidValue, match="whole number from 1"):
+        compare([runs[1]], test, max_detections=0)
+
+
+def test_a_class_map_for_each_entry(many: Dataset) -> None:
+    first, second = many.classes[:2]
+    right = detected(many, 1, 0)
+    swapped = detected(many, 1, 0, (second, first, *many.classes[2:]))
+    mixed_up = compare({"right": right, "swapped": swapped}, many)
+    assert mixed_up["swapped"]["AP"] < 0.5 * mixed_up["right"]["AP"]
+    class_map = {"swapped": {first: second, second: first}}
+    mended = compare({"right": right, "swapped": swapped}, many, class_map=class_map)
+    assert mended["swapped"]["AP"] == mended["right"]["AP"] == mixed_up["right"]["AP"]
+    with pytest.raises(UnknownName, match=f"did you mean {first!r}"):
+        compare({"right": right}, many, class_map={f"{first}s": first})
+    with pytest.raises(UsageError, match="mixes names and maps"):
+        compare({"right": right}, many, class_map={"right": {}, first: second})  # type: ignore[dict-item]
+
+
+def test_detections_of_other_images_are_refused(many: Dataset) -> None:
+    with pytest.raises(UsageError, match="in the order of the data"):
+        compare([detected(many, 1, 0)[::-1]], many)
+    with pytest.raises(UsageError, match="item 0 is a dict; expected Detections"):
+        compare([[{"boxes": []}] * len(many)], many)  # type: ignore[list-item]
+
+
+def test_detections_with_the_names_they_have(many: Dataset) -> None:
+    """Other tools say the names of what they found, and no list of classes."""
+    bare = [
+        Detections.from_arrays(one.boxes, one.scores, names=one.names, path=one.path) for one in detected(many, 1, 0)
+    ]
+    assert compare([bare], many)["predictions 1"]["AP"] == score(many, bare, score_floor=0.001)["AP"] > 0
+
+
+def test_kept_images_with_other_annotations_are_refused(runs: list[Run], many: Dataset, tmp_path: Path) -> None:
+    moved = replace(many, boxes=many.boxes + 0.5)
+    other = Trainer(model="echo/memory", epochs=1).fit(
+        many[:20], many[20:28], moved[28:], name=str(tmp_path / "other"), quiet=True
+    )
+    for pair in ([runs[0], other], [other, runs[0]]):
+        with pytest.raises(UsageError, match="kept different annotations of their test images"):
+            compare(pair)
 
 
 def test_names_are_told_apart(runs: list[Run]) -> None:
@@ -182,6 +241,11 @@ def test_names_are_told_apart(runs: list[Run]) -> None:
 
 class Broken:
     """Nothing that can be compared."""
+
+
+def test_a_word_is_no_list(many: Dataset) -> None:
+    with pytest.raises(UsageError, match=r"write detkit.compare\(\['first', ...\]\)"):
+        compare("first", many)
 
 
 def test_what_is_none_of_these(many: Dataset) -> None:

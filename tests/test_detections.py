@@ -111,6 +111,29 @@ def test_masks_travel_along() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("labels", "scores", "message"),
+    [
+        ([0, 3], [0.5, 0.25], "labels from 0 to 3, 3 classes"),
+        ([-1, 2], [0.5, 0.25], "labels from -1 to 2, 3 classes"),
+        ([0, 1], [0.5, np.nan], "scores that are not finite"),
+        ([0, 1], [np.inf, -np.inf], "scores that are not finite"),
+    ],
+)
+def test_no_engine_makes_what_detections_cannot_be(labels: list[int], scores: list[float], message: str) -> None:
+    def made(labels: list[int], scores: list[float], classes: tuple[str, ...] = NAMES) -> Detections:
+        n = len(labels)
+        return Detections(
+            path="", width=1, height=1, classes=classes, boxes=np.zeros((n, 4)), labels=np.array(labels, np.int64),
+            scores=np.array(scores),
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=message):
+        made(labels, scores)
+    assert made([0, 2], [0.5, 0.25], ("a", "b", "a")).names == ("a", "a"), "several of theirs may be one of ours"
+    assert len(made([], [], ())) == 0
+
+
 def test_without_masks_nothing_speaks_of_them() -> None:
     found = Detections.from_arrays(BOXES, SCORES, LABELS, classes=NAMES)
     assert all(set(record) == {"name", "score", "box"} for record in found.to_dict()["detections"])

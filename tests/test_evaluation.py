@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from detkit import Dataset, Run, Trainer, evaluate, write_dataset
-from detkit.errors import ClassMismatch, InvalidData, SeenImages, UsageError
+from detkit import Dataset, Run, Trainer, evaluate, plugins, write_dataset
+from detkit.errors import ClassMismatch, DetkitWarning, InvalidData, SeenImages, UsageError
+from detkit.hookspecs import hookimpl
+from detkit.metrics import Metric
 from detkit.testing import tiny_dataset
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -116,3 +120,65 @@ def test_images_without_boxes(run: Run, tiny: Dataset) -> None:
 def test_progress_is_shown_on_stderr(run: Run, tiny: Dataset, capfd: pytest.CaptureFixture[str]) -> None:
     evaluate(run, tiny[6:], progress=True)
     assert capfd.readouterr().out == ""
+
+
+def test_kept_images_that_have_changed_are_refused(tiny: Dataset, tmp_path: Path) -> None:
+    """They are links to the user's files, so that an edit in place changes them."""
+    own = [tmp_path / Path(path).name for path in tiny.paths]
+    for path, copy in zip(tiny.paths, own, strict=True):
+        shutil.copy(path, copy)
+    data = replace(tiny, paths=tuple(map(str, own)))
+    run = Trainer(model="echo/memory", epochs=2).fit(
+        data[:4], data[4:6], data[6:], name=str(tmp_path / "r"), quiet=True
+    )
+    evaluate(run)
+    with own[6].open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(InvalidData, match=r"1 of the 2 test images .* have changed since, for example 006"):
+        evaluate(run)
+
+
+def test_a_model_that_forgot_what_it_has_seen(run: Run, tiny: Dataset, tmp_path: Path) -> None:
+    copy = shutil.copytree(run.model.path, tmp_path / "model")
+    (copy / "seen.json").unlink()
+    with pytest.warns(DetkitWarning, match="which images echo/memory has seen is not known"):
+        evaluate(copy, tiny[6:])
+
+
+class _Metrics:
+    """A metric plugin whose numbers are given."""
+
+    def __init__(self, numbers: object) -> None:
+        self.numbers = numbers
+
+    @hookimpl
+    def detkit_metrics(self) -> list[Metric]:
+        compute = cast(Any, lambda data, detections: self.numbers)
+        return [Metric(name="odd", summary="odd numbers", higher_is_better=False, compute=compute)]
+
+
+@pytest.fixture
+def offer() -> Iterator[Callable[[object], None]]:
+    """Register a plugin as long as the test runs."""
+    plugins.registry.cache_clear()
+    yield lambda plugin: plugins.registry().manager.register(plugin, name="guest") and None
+    plugins.registry.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"), [({"odd": None}, "TypeError"), ({"AP": 0.5}, "AP is taken already"), (7, "AttributeError")]
+)
+def test_a_broken_metric_costs_only_its_own_numbers(
+    numbers: object, message: str, run: Run, tiny: Dataset, offer: Callable[[object], None]
+) -> None:
+    usual = list(evaluate(run, tiny[6:]))
+    offer(_Metrics(numbers))
+    with pytest.warns(UserWarning, match=f"metric odd is left out.*{message}"):
+        assert list(evaluate(run, tiny[6:])) == usual
+
+
+def test_a_metric_of_which_less_is_better(run: Run, tiny: Dataset, offer: Callable[[object], None]) -> None:
+    offer(_Metrics({"odd": np.float64(0.5)}))
+    found = evaluate(run, tiny[6:])
+    assert found["odd"] == 0.5 and type(found["odd"]) is float
+    assert found.lower_is_better == ("odd",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import sqlite3
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from detkit import Dataset, Detections, Model, Predictor, Trainer, plugins, prediction_store
-from detkit.backends import PredictOptions
+from detkit.backends import LocalBackend, PredictOptions
 from detkit.errors import DetkitWarning, UnknownName, UsageError
 from detkit.files import cache_folder, file_sha256, write_json
 from detkit.prediction_store import PredictionStore, predict_all, store_size
@@ -137,6 +138,57 @@ def test_the_code_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all((folder / f"{name}.py").is_file() for name in prediction_store._OWN_CODE)
 
 
+def test_the_code_of_a_single_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = {prediction_store._code("nowhere_at_all")}
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "lone_engine.py").write_text(text)
+        prediction_store._code.cache_clear()
+        digests.add(prediction_store._code("lone_engine"))
+    assert len(digests) == 3
+    assert prediction_store._code("itertools") in digests, "built in: nothing to read"
+
+
+def installed(folder: Path, name: str, version: str) -> None:
+    """Put a distribution's metadata into a folder, in place of an earlier version."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.dist-info"):
+        shutil.rmtree(old)
+    (folder / f"{name}-{version}.dist-info").mkdir()
+    (folder / f"{name}-{version}.dist-info/METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize("own_interpreter", [False, True])
+def test_versions_of_what_the_engine_needs(
+    own_interpreter: bool, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = plugins.backend("echo")
+    assert isinstance(backend, LocalBackend)
+    assert prediction_store._needs(model) == {}
+    here, there = tmp_path / "here", tmp_path / "venv/lib/python3.9/site-packages"
+    monkeypatch.syspath_prepend(here)
+    here.mkdir()
+    (here / "some_framework.py").write_text("raise AssertionError('imported')")
+    needing = replace(backend, requires=("some_framework", "of_no_distribution"))
+    (here / "of_no_distribution.py").write_text("")
+    monkeypatch.setattr(plugins, "backend", {"echo": needing}.__getitem__)
+    installed(here, "some_framework", "1.0")
+    installed(there, "some_framework", "7.0")
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    if own_interpreter:
+        monkeypatch.setenv(backend.variable, str(python))
+    assert prediction_store._needs(model) == {"some_framework": "7.0" if own_interpreter else "1.0"}
+    with PredictionStore(model, OPTIONS) as store:
+        store.put(digest(1), found(model), 1)
+    installed(there if own_interpreter else here, "some_framework", "8.0")
+    with PredictionStore(model, OPTIONS) as store:
+        assert store.get([digest(1)]) == [None]
+    monkeypatch.setenv(backend.variable, str(tmp_path / "gone"))
+    assert prediction_store._needs(model) == {}, "known predictions need no interpreter"
+
+
 def test_nothing_is_kept_where_nothing_is_to_be(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETKIT_CACHE", "off")
     with PredictionStore(model, OPTIONS) as store:
@@ -176,13 +228,62 @@ def test_a_damaged_file_is_set_aside(damage: str, model: Model) -> None:
     )
     path.with_name(f"{path.name}-journal").write_bytes(b"")
     with (
-        pytest.warns(DetkitWarning, match=r"is damaged \(.*\) and now called .*\.damaged"),
+        pytest.warns(DetkitWarning, match=r"is damaged \(.*\) and is now called .*\.damaged"),
         PredictionStore(model, OPTIONS) as store,
     ):
         assert store.get([digest(i) for i in range(200)]) == [None] * 200
         store.put(digest(1), found(model), 1)
         assert store.get([digest(1)]) != [None], "a new one"
     assert sorted(file.name for file in path.parent.iterdir()) == [path.with_suffix(".damaged").name, path.name]
+
+
+def test_columns_of_another_version(model: Model) -> None:
+    path = filled(model, 3)
+    with sqlite3.connect(path) as database:
+        database.execute("alter table found add column more text")
+    database.close()
+    with (
+        pytest.warns(
+            DetkitWarning, match=r"has the columns of another version and is now called .*\.other; images are"
+        ),
+        PredictionStore(model, OPTIONS) as store,
+    ):
+        assert store.get([digest(0)]) == [None]
+        store.put(digest(0), found(model), 1)
+    with PredictionStore(model, OPTIONS) as store:
+        assert store.get([digest(0)]) != [None]
+    with sqlite3.connect(path.with_suffix(".other")) as database:
+        assert database.execute("select count(more is null) from found").fetchone() == (3,)
+    database.close()
+
+
+def test_errors_that_are_no_damage(model: Model) -> None:
+    """A sound file stays, whatever goes wrong while it is used."""
+    path = filled(model, 3)
+    with PredictionStore(model, OPTIONS) as store:
+        for error in (
+            sqlite3.ProgrammingError("wrong thread"), sqlite3.DataError("too big"), sqlite3.IntegrityError("not null"),
+            sqlite3.OperationalError("database is locked"), sqlite3.InterfaceError("type"),
+        ):  # fmt: skip
+            with store._forgiven():
+                raise error
+        assert None not in store.get([digest(i) for i in range(3)])
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_damage_is_known_by_its_message_too(model: Model) -> None:
+    """Python 3.10 has no codes."""
+    told = [
+        sqlite3.DatabaseError(f"{start}") for start in ("database disk image is malformed", "file is not a database")
+    ]
+    assert not any(hasattr(error, "sqlite_errorcode") for error in told)
+    assert all(map(prediction_store._is_damage, told))
+    path = filled(model, 1)
+    path.write_bytes(b"something else entirely" * 500)
+    with contextlib.closing(sqlite3.connect(path)) as database, pytest.raises(sqlite3.DatabaseError) as caught:
+        database.execute("select * from found")
+    assert prediction_store._is_damage(caught.value)
+    assert prediction_store._is_damage(sqlite3.DatabaseError(str(caught.value)))
 
 
 def test_a_damaged_entry_is_none(model: Model) -> None:

@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 from hotcoco import mask as rle
 from hypothesis import HealthCheck, given, settings
+from pycocotools import mask as pycoco_mask
 from pycocotools.coco import COCO
 
 from detkit import Dataset, Detections, Sample, read_dataset, read_predictions, write_dataset, write_predictions
 from detkit.errors import ClassMismatch, DetkitError, DetkitWarning, InvalidData, UsageError
+from detkit.formats.resultmasks import mask_fault
+from detkit.predictions import looks_like_predictions
+from detkit.scores.matching import pairs_of_any_class
 
 NAMES = ("crazing", "patches")
 SIDE = 100
@@ -168,9 +172,104 @@ def test_results_beside_their_images(tmp_path: Path) -> None:
         "categories": [{"id": 3, "name": "patches", "supercategory": "defect"}],
         "annotations": [result(12, 3, id=1, area=7, iscrowd=0), result(9, 3)],
     }
-    for data in (DATA, read_dataset(coco_file(tmp_path))):
+    for data in (DATA.take([1, 2]), read_dataset(coco_file(tmp_path)).take([1, 2])):
         for text in (json.dumps(content), json.dumps(content, indent=1), "\ufeff " + json.dumps(content) + "\n\n"):
-            assert [len(one) for one in read_predictions(saved(tmp_path, text), data)] == [0, 1, 1]
+            assert [len(one) for one in read_predictions(saved(tmp_path, text), data)] == [1, 1]
+
+
+def test_images_that_the_file_passes_over(tmp_path: Path) -> None:
+    """A file that tells what images it is about says nothing of the others; in another only many of them are a sign."""
+    found = some_detections(DATA)
+    images = [{"id": 7, "file_name": "sub/b.jpg"}, {"id": 8, "file_name": "a.jpg"}]
+    for content in (
+        lines(found[1::-1]),
+        [one.to_dict() for one in found[:2]],
+        {"images": images, "annotations": [result(8, "patches")]},
+    ):
+        with pytest.warns(DetkitWarning, match=r"found.json: no detections for 1 of 3 images, for example 'c.jpg': it"):
+            again = read_predictions(saved(tmp_path, content), DATA)
+        assert len(again) == 3
+        read_predictions(saved(tmp_path, content), DATA.take([0, 1]))  # and nothing is said, though "a.jpg" has none
+    many = dataset(*(f"{i}.jpg" for i in range(40)))
+    for known in (40, 20, 19, 0):
+        path = saved(tmp_path, [result(f"{i}.jpg", 0) for i in range(known) for _ in range(2)])
+        if known >= 20:
+            assert sum(map(len, read_predictions(path, many, classes=NAMES))) == known * 2
+            continue
+        with pytest.warns(
+            DetkitWarning, match=f"{40 - known} of 40 images, for example '{known}.jpg', .*: it does not"
+        ):
+            read_predictions(path, many, classes=NAMES)
+    none_known = saved(tmp_path, [result("x.jpg", 0)])
+    with (
+        pytest.warns(DetkitWarning, match="no detections for 40 of 40 images"),
+        pytest.warns(DetkitWarning, match="left out: 1 image"),
+    ):
+        read_predictions(none_known, many, classes=NAMES, on_unknown="drop")
+
+
+def test_names_of_theirs(tmp_path: Path) -> None:
+    """The map comes after ids have got their names, and once: names may change places."""
+    records = [
+        result("a.jpg", 0, 0.9), result("a.jpg", 1, 0.8), result("b.jpg", 5, category_name="crack"),
+        result("b.jpg", 5, 0.25, category_name="patches"),
+    ]  # fmt: skip
+    path = saved(tmp_path, records)
+    theirs = ["crack", "crazing"]
+    class_map = {"crack": "crazing", "patches": "crazing", "crazing": "patches", "never": "patches"}
+    found = read_predictions(path, DATA, classes=theirs, class_map=class_map)
+    assert [one.names for one in found] == [("crazing", "patches"), ("crazing", "crazing"), ()]
+    assert all(one.classes == DATA.classes for one in found)
+    with pytest.raises(InvalidData, match=r"no class 'crack' \(2 detections\)") as caught:
+        read_predictions(path, DATA, classes=theirs)
+    assert "class_map={'crack': 'crazing'}" in caught.value.hint
+    assert "file_name" not in caught.value.hint
+    with pytest.raises(InvalidData, match="no class 'crazin' .2 detections. did you mean 'crazing'"):
+        read_predictions(path, DATA, classes=theirs, class_map={"crack": "crazin"})
+    own = saved(tmp_path, lines([replace(one, classes=("x", "y")) for one in some_detections(DATA)]))
+    assert same(read_predictions(own, DATA, class_map=dict(zip("xy", NAMES, strict=True))), some_detections(DATA))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([], True),
+        (" [ ]", True),
+        ([result(1, 1)], True),
+        ("\ufeff\n [\n {\"score\" :1", True),
+        ([{"segmentation": [[1.5] * 50_000], **result(1, 1)}], False),
+        ([{**result(1, 1), "segmentation": [[1.5] * 50_000]}], True),
+        ([{"path": "a.jpg", "detections": []}], True),
+        ({"images": [{"id": 1}], "annotations": [result(1, 1)]}, True),
+        ({"info": {"a": "}{][\\\""}, "annotations": [result(1, 1)] * 2000, "images": []}, True),
+        ({"annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}], "score": 1}, False),
+        ({"annotations": []}, False),
+        ({"annotations": {"score": 1}}, False),
+        ({"images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(9000)], "annotations": [result(1, 1)]}, False),
+        ('{"path": "a.jpg", "width": 3, "detections": []}\n{"path"', True),
+        ('{"path": "a.jpg", "detections": [' + '{"name": "x"},' * 9000, True),
+        ('{"source-ref": "s3://a/b.jpg", "score": 1}\n', False),
+        ("7", False), ("", False), ("{", False), ("[{", False), ("[7]", False), ("{}", False), ("<xml/>", False),
+        ('{"a":' * 3000, False), ("[" * 60_000, False), ('{"a": ' + "[" * 60_000, False), ("\x00\xff", False),
+        ('{"a" "detections": []}', False),
+    ],
+)  # fmt: skip
+def test_predictions_are_known_by_their_first_record(content: Any, expected: bool, tmp_path: Path) -> None:
+    assert looks_like_predictions(saved(tmp_path, content)) is expected
+
+
+def test_ground_truth_does_not_look_like_predictions(tiny: Dataset, tmp_path: Path) -> None:
+    assert not looks_like_predictions(coco_file(tmp_path / "first"))
+    for name in ("coco", "manifest", "sagemaker-json"):
+        written = write_dataset(tiny, tmp_path / name, name)
+        files = [file for file in Path(written).rglob("*") if file.suffix in {".json", ".jsonl", ".manifest", ".lst"}]
+        assert files
+        assert not any(map(looks_like_predictions, files))
+    assert not looks_like_predictions(tmp_path / "nowhere.json")
+    assert not looks_like_predictions(tmp_path)
+    pixels = tmp_path / "a.jpg"
+    pixels.write_bytes(np.random.default_rng(0).bytes(1000))
+    assert not looks_like_predictions(pixels)
 
 
 def lines(found: Sequence[Detections], **more: Any) -> str:
@@ -208,13 +307,11 @@ def test_our_own_lines(masks: bool, tmp_path: Path) -> None:
     assert sum(map(len, found)) > 3
     for order in ([0, 1, 2], [2, 0], [2]):
         path = saved(tmp_path, lines([found[i] for i in order]))
-        again = read_predictions(path, DATA)
-        assert same([again[i] for i in order], [found[i] for i in order])
-        assert all(len(again[i]) == 0 for i in {0, 1, 2} - set(order))
+        assert same(read_predictions(path, DATA.take(order)), [found[i] for i in order])
     as_list = saved(tmp_path, [one.to_dict() for one in found])
     assert same(read_predictions(as_list, DATA), found)
     by_id = saved(tmp_path, json.dumps({**found[1].to_dict(), "path": "", "image_id": "sub/b.jpg"}, indent=2))
-    assert same(read_predictions(by_id, DATA)[1:2], found[1:2])
+    assert same(read_predictions(by_id, DATA.take([1])), found[1:2])
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -224,6 +321,7 @@ def test_what_is_written_is_read(masks: bool, tmp_path: Path) -> None:
         found = some_detections(data, masks=masks)
         path = write_predictions(tmp_path / "deep/found.json", data, iter(found))
         assert same(read_predictions(path, data), found, tolerance=1e-12)
+        assert looks_like_predictions(path)
         assert [p.name for p in path.parent.iterdir()] == ["found.json"]
     elsewhere = [replace(one, path=path_there) for one, path_there in zip(found, DATA.paths[1:], strict=True)]
     assert same(read_predictions(path, DATA.take([1, 2])), elsewhere, tolerance=1e-12), "names count, not ids"
@@ -331,7 +429,8 @@ def test_what_the_data_lacks(tmp_path: Path) -> None:
         "5 image(s) of the file (5 detections) are not in the data, for example '0.jpg', '1.jpg', '2."
     )
     assert kinds == "the data has no class 'patch' (2 detections) did you mean 'patches'?"
-    assert "on_unknown='drop'" in caught.value.hint
+    for part in ('detkit.read_predictions(..., on_unknown="drop")', "class_map={", "'file_name'"):
+        assert part in caught.value.hint
     with pytest.warns(DetkitWarning, match="left out: 5 image.s. .*; the data has no class 'patch'"):
         found = read_predictions(path, DATA, classes=classes, on_unknown="drop")
     assert [one.names for one in found] == [("crazing",), (), ()]
@@ -367,14 +466,21 @@ def test_faults_in_lines(tmp_path: Path) -> None:
     twice = next(f for f in caught.value.findings if f.code == "image-twice")
     assert (twice.message, twice.line) == ("'sub/b.jpg' is there already in line 1", 3)
     turned = saved(tmp_path, json.dumps({**good[0], "width": 50, "height": 60}) + "\n")
-    sized = replace(DATA, sizes=np.array([[60, 50]] * 3))
-    assert len(read_predictions(turned, sized)) == 3, "a picture that EXIF turns"
+    sized = replace(DATA.take([0]), sizes=np.array([[60, 50]]))
+    assert len(read_predictions(turned, sized)) == 1, "a picture that EXIF turns"
 
 
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ({"size": [SIDE, SIDE], "counts": "o"}, "counts cannot be read: invalid RLE"),
+        ({"size": [SIDE, SIDE], "counts": "o"}, "counts cannot be read: 'o'; expected COCO's text"),
+        ({"size": [SIDE, SIDE], "counts": ""}, "do not add up to 100x100"),
+        ({"size": [SIDE, SIDE], "counts": "0" * 8}, "do not add up to 100x100"),
+        ({"size": [SIDE, SIDE], "counts": "5:\u00e9"}, "counts cannot be read"),
+        ({"size": [SIDE, SIDE], "counts": "5/"}, "counts cannot be read"),
+        ({"size": [SIDE, SIDE], "counts": "5z"}, "counts cannot be read"),
+        ({"size": [SIDE, SIDE], "counts": "P" * 13 + "0"}, "counts cannot be read"),
+        ({"size": [SIDE, SIDE], "counts": "o" * 11 + "?0"}, "do not add up to 100x100"),
         ({"size": [10**6, 10**6], "counts": "zz"}, r"size is \[1000000, 1000000\]; that of the image, height first"),
         ({"size": [SIDE, SIDE], "counts": [5, 5]}, "do not add up to 100x100"),
         ({"size": [SIDE, SIDE], "counts": [-5, SIDE * SIDE + 5]}, "do not add up to 100x100"),
@@ -407,6 +513,7 @@ def test_masks_that_are_none(mask: Any, message: str, tmp_path: Path) -> None:
         ('"found"', "not-predictions"), ('{"results": []}', "not-predictions"), ("[", "malformed"),
         ('[{"image_id": 1]', "malformed"), ("[1e999]", "malformed"), ("[] x", "malformed"), ("\x00\x01", "malformed"),
         ('{"annotations": 7}', "not-predictions"), ('{"annotations": null}', "not-predictions"),
+        ('{"annotations": Infinity}', "not-predictions"), ('{"annotations": 7, "a": NaN}', "not-predictions"),
         ('{"annotations": [NaN]}', "bad-record"), ("[" * 5000, "malformed"), ("{\n}", "not-predictions"),
         ('{"annotations": [], "images": [{"id": 1}], "categories": 7}', "bad-record"),
     ],
@@ -438,6 +545,17 @@ def test_boxes_made_in_another_way_are_noticed(tmp_path: Path) -> None:
     with pytest.warns(DetkitWarning, match="as if they were shares of the image's sides"):
         read_predictions(written(sides / SIDE), DATA, classes=NAMES)
     read_predictions(written(sides), DATA, classes=NAMES)  # and nothing is said
+
+
+def test_boxes_beyond_all_images_match_nothing(tmp_path: Path) -> None:
+    boxes = [[0, 0, 1e200, 1e200], [-1e307, -1e307, 1e308, 1e308], [1, 2, 29, 38]]
+    found = read_predictions(saved(tmp_path, [result("a.jpg", 1, 0.9 - i / 10, b) for i, b in enumerate(boxes)]),
+                             DATA.take([0]), classes=NAMES)  # fmt: skip
+    detection, target, overlap = pairs_of_any_class(DATA.take([0]), np.zeros(3, np.int64), found[0].boxes, 0.1)
+    assert (detection.tolist(), target.tolist(), overlap.tolist()) == ([2], [0], [1.0])
+    endless = {"path": "a.jpg", "detections": [{"name": "patches", "score": 1, "box": [-1e308, 0, 1e308, 1]}]}
+    with pytest.raises(InvalidData, match="is beyond all numbers .bad-box"):
+        read_predictions(saved(tmp_path, f"{json.dumps(endless)}\n" * 2), DATA)
 
 
 def test_a_large_file_is_read_in_pieces(tmp_path: Path) -> None:
@@ -486,6 +604,37 @@ def test_whatever_comes_only_our_errors(value: Any, cut: int, tmp_path: Path) ->
             continue
         assert len(found) == len(DATA)
         assert all(np.isfinite(one.boxes).all() and (one.scores <= 1).all() for one in found)
+
+
+@settings(max_examples=200)
+@given(
+    height=st.integers(1, 40), width=st.integers(1, 40), share=st.floats(0, 1), seed=st.integers(0, 999),
+    cut=st.integers(1, 9),
+)  # fmt: skip
+def test_masks_that_are_cut_off(height: int, width: int, share: float, seed: int, cut: int) -> None:
+    picture = np.random.default_rng(seed).random((height, width)) < share
+    encoded = {**rle.encode(np.asfortranarray(picture)), "size": [height, width]}
+    text = encoded["counts"].decode()
+    assert not mask_fault({**encoded, "counts": text}, [width, height])
+    runs = np.diff(np.flatnonzero(np.diff(picture.T.ravel(), prepend=~picture[0, 0], append=~picture[-1, -1])))
+    assert not mask_fault({**encoded, "counts": [0] * int(picture[0, 0]) + runs.tolist()}, [width, height])
+    assert mask_fault({**encoded, "counts": text[:-cut]}, [width, height]) or not any(runs[-1:])
+
+
+def test_masks_of_a_large_image() -> None:
+    """Runs of several characters, and both signs of the differences, as pycocotools packs them too."""
+    picture = np.zeros((3000, 4000), bool)
+    picture[100:2900, 50:3000] = True
+    picture[7, 3999] = True
+    for encode in (rle.encode, pycoco_mask.encode):
+        encoded = encode(np.asfortranarray(picture.astype(np.uint8)))
+        text = encoded["counts"].decode()
+        assert not mask_fault({"size": [3000, 4000], "counts": text}, [4000, 3000])
+        assert "add up to 4000x3000" in mask_fault(
+            {"size": [3000, 4000], "counts": text[: len(text) // 2]}, [4000, 3000]
+        )
+    (polygon,) = pycoco_mask.frPyObjects([[10.5, 10, 3000, 20, 2000.25, 2900]], 3000, 4000)
+    assert not mask_fault({"size": [3000, 4000], "counts": polygon["counts"].decode()}, [4000, 3000])
 
 
 def test_masks_decode_to_what_was_found(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit import read_dataset, write_dataset
+from detkit import read_dataset, report, write_dataset
 from detkit.boxes import iou
 from detkit.checking.overview import write_overview
 from detkit.comparison import Comparison
@@ -31,6 +31,7 @@ from detkit.evaluation import Evaluated
 from detkit.formats.findings import Finding
 from detkit.pages import text
 from detkit.report import write_page
+from detkit.report.charts import line_class
 from detkit.report.judging import Judged, one_of_each_class, worst_disagreements
 from detkit.scores import score
 from detkit.testing import tiny_dataset
@@ -165,7 +166,12 @@ def counts_of(tile: Element) -> tuple[int, ...]:
 
 def boxes_of(tile: Element) -> Counter[str]:
     """Return how many boxes of each kind are visible."""
-    return Counter((box.kinds - {"box"}).pop() for box in tile.all("g", "box") if "hidden" not in box.attributes)
+    return Counter((box.kinds - {"box"}).pop() for box in tile.all("rect", "box") if "hidden" not in box.attributes)
+
+
+def in_tiles(root: Element) -> list[Element]:
+    """Return all boxes but those of the legend."""
+    return [box for tile in root.all("div", "tile") for box in tile.all("rect", "box")]
 
 
 def brute_force(data: Dataset, found: Detections, image: int, threshold: float) -> tuple[int, int, int]:
@@ -366,7 +372,7 @@ def test_an_image_that_cannot_be_read_leaves_its_place(data: Dataset, tmp_path: 
     root = tree(write_page(compare(gone, a=found), tmp_path / "page.html", samples=2, disagreements=1))
     assert not root.all("image") and str(tmp_path) not in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert {one.text for one in root.all("text", "unread")} == {"this image cannot be read"}
-    assert root.all("g", "box")
+    assert root.all("div", "tile")[0].all("rect", "box")
 
 
 def test_images_in_packs(tmp_path: Path) -> None:
@@ -432,6 +438,110 @@ def test_a_page_is_light(tmp_path: Path) -> None:
     assert written.stat().st_size < 4_000_000
 
 
+def test_a_page_of_many_models_and_classes_is_light(tmp_path: Path) -> None:
+    """Twelve models of 80 classes, 200 detections on each of 24 pictures."""
+    rng, classes, samples = np.random.default_rng(0), [f"class {k}" for k in range(80)], []
+    for i in range(24):
+        path = tmp_path / f"{i}.jpg"
+        coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
+        coarse.resize((960, 720), Image.Resampling.BICUBIC).save(path)
+        corner = rng.uniform(0, 600, (100, 2))
+        boxes, names = np.hstack([corner, corner + rng.uniform(10, 100, (100, 2))]), tuple(rng.choice(classes, 100))
+        samples.append(Sample(path=str(path), width=960, height=720, boxes=boxes, names=names))
+    data = Dataset.from_samples(classes, samples)
+    scores = score(data, find(data, 1, 0.1, 0.1, 100))
+    page = Comparison(entries=tuple(Evaluated(name=f"model {i}", scores=scores) for i in range(12)))
+    written = write_page(page, tmp_path / "page.html")
+    root = tree(written)
+    assert len(root.all("figure", "scene")) == 24
+    assert all(len(tile.all("rect", "box")) == 60 for tile in root.all("div", "found"))
+    assert written.stat().st_size < 8_000_000
+
+
+def dense(folder: Path, number: int = 300) -> Dataset:
+    """One picture with objects in rows of 20, of three classes in turn."""
+    Image.new("RGB", (600, 600)).save(folder / "dense.png")
+    corner = np.array([[i % 20, i // 20] for i in range(number)], dtype=np.float64) * 30
+    names = tuple("abc"[i % 3] for i in range(number))
+    boxes = np.hstack([corner, corner + 20])
+    sample = Sample(path=str(folder / "dense.png"), width=600, height=600, boxes=boxes, names=names, image_id="dense")
+    return Dataset.from_samples(["a", "b", "c"], [sample])
+
+
+def half_found(data: Dataset) -> list[Detections]:
+    """Return one detection for each object of `dense`; those with scores below 0.5 are beside theirs."""
+    scores = np.random.default_rng(0).uniform(0.1, 0.99, len(data.boxes))
+    boxes = data.boxes + 18.0 * (scores < 0.5)[:, None]
+    return [Detections.from_arrays(boxes, scores, data.labels, classes=data.classes)]
+
+
+def test_what_is_not_drawn_is_told(tmp_path: Path) -> None:
+    data = dense(tmp_path)
+    found = half_found(data)
+    root = tree(write_page(compare(data, **dict.fromkeys("abcdefgh", found)), tmp_path / "page.html"))
+    for tile in root.all("div", "found"):
+        threshold = float(tile.attributes["data-best"] or "")
+        assert counts_of(tile) == brute_force(data, found[0], 0, threshold)
+        drawn = boxes_of(tile)
+        # As many missed objects as detections, and at the threshold there are no others.
+        assert drawn == {"right": 45, "missed": 45}
+        assert tile.all("span", "more")[0].text == f"{sum(counts_of(tile)) - 90} more not drawn"
+    (truth,) = (tile for tile in root.all("figure", "scene")[0].all("div", "tile") if "found" not in tile.kinds)
+    assert len(truth.all("rect", "box")) == 300 and not truth.all("span", "more")
+
+
+def test_scores_near_one_are_told_apart(tmp_path: Path) -> None:
+    data = dense(tmp_path, 6)
+    scores = 1 - np.array([1, 2, 3, 4, 10, 20]) * 1e-8
+    boxes = data.boxes + np.array([0, 0, 0, 0, 25, 25])[:, None]
+    comparison = compare(data, a=[Detections.from_arrays(boxes, scores, data.labels, classes=data.classes)])
+    tile = tree(write_page(comparison, tmp_path / "page.html")).all("div", "found")[0]
+    best = float(tile.attributes["data-best"] or "")
+    assert 1 - 1e-7 < best == comparison.entries[0].scores.score_threshold
+    assert counts_of(tile) == (4, 0, 2)
+    for box in tile.all("rect", "box"):
+        at = float(box.attributes["data-s"] or "")
+        present = at < best if "missed" in box.kinds else at >= best
+        assert present == ("hidden" not in box.attributes)
+
+
+def test_lines_of_56_models_are_all_different() -> None:
+    style = (Path(report.__file__).parent / "page.css").read_text(encoding="utf-8")
+    lines = [line_class(at) for at in range(56)]
+    assert len(set(lines)) == 56 and lines[0] == "e0 d0"
+    colours, dashes = ({one.split()[part] for one in lines} for part in (0, 1))
+    of_colour = [re.findall(rf"\.{one}, [^{{}}]*{{ color: (var\(--e\d\))", style) for one in sorted(colours)]
+    of_dash = [re.findall(rf"\.{one} {{ stroke-dasharray: ([\d ]+)", style) for one in sorted(dashes - {"d0"})]
+    for found in (of_colour, of_dash):
+        assert all(len(one) == 1 for one in found) and len({one[0] for one in found}) == len(found)
+
+
+def test_what_scrolls_is_reached_by_keys_and_has_a_name(page: Path) -> None:
+    root = tree(page)
+    areas = root.all("div", "scroll")
+    assert all(one.attributes["tabindex"] == "0" and one.attributes["role"] == "region" for one in areas)
+    names = [one.attributes["aria-label"] for one in areas]
+    assert "Numbers" in names and f"Confusions of fair {SPELLED}" in names and len(set(names)) == len(names) == 10
+    assert all(one.attributes["tabindex"] == "0" for one in root.all("pre"))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e308])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:detkit.scores", "ignore::RuntimeWarning:detkit.boxes")
+def test_boxes_without_a_place_are_counted_but_not_drawn(bad: float, tmp_path: Path) -> None:
+    """Arrays are checked where they come in; what is made by hand must not break the drawing either."""
+    data = dense(tmp_path, 6)
+    found = Detections.from_arrays(data.boxes, [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], data.labels, classes=data.classes)
+    boxes = found.boxes.copy()
+    boxes[2, 2] = bad
+    page = write_page(compare(data, a=[replace(found, boxes=boxes)]), tmp_path / "page.html")
+    tile = tree(page).all("div", "found")[0]
+    assert sum(boxes_of(tile).values()) == sum(counts_of(tile)) - (not np.isfinite(bad))
+    shapes = [value for one in in_tiles(tree(page)) for name, value in one.attributes.items() if name != "class"]
+    assert shapes and not any(word in (value or "") for value in shapes for word in ("nan", "inf"))
+    for box in in_tiles(tree(page)):
+        assert all(abs(float(box.attributes[name] or "")) < 700 for name in ("x", "y", "width", "height"))
+
+
 # What a browser makes of it
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -482,9 +592,9 @@ def test_slider_and_filter(
     assert console == []
     root = Tree(content).root
     label = str(CLASSES.index(EVIL))
-    shown = [box for box in root.all("g", "box") if "hidden" not in box.attributes]
+    shown = [box for box in in_tiles(root) if "hidden" not in box.attributes]
     assert shown and {box.attributes["data-c"] for box in shown} == {label}
-    assert len(shown) < len([box for box in before.all("g", "box") if "hidden" not in box.attributes])
+    assert len(shown) < len([box for box in in_tiles(before) if "hidden" not in box.attributes])
     only = only_objects_of(data, EVIL)
     for image, tiles in scenes(root, data):
         for entry, tile in zip(three.entries, tiles, strict=True):
@@ -495,6 +605,51 @@ def test_slider_and_filter(
             assert tile.all("span", "from")[0].text == "from 0.70"
     hidden = [one for one in root.all("figure", "scene") if "hidden" in one.attributes]
     assert 0 < len(hidden) < len(root.all("figure", "scene"))
+
+
+@browser
+@pytest.mark.parametrize("threshold", [0.2, 0.9])
+def test_the_slider_counts_what_is_not_drawn(
+    threshold: float, tmp_path: Path, open_page: Callable[..., tuple[str, list[str]]]
+) -> None:
+    data = dense(tmp_path)
+    found = half_found(data)
+    page = write_page(compare(data, **dict.fromkeys("abcdefgh", found)), tmp_path / "page.html")
+    content, console = open_page(page, f"#score={threshold}")
+    assert console == []
+    for tile in Tree(content).root.all("div", "found"):
+        counts = brute_force(data, found[0], 0, threshold)
+        assert counts_of(tile) == counts
+        left = sum(counts) - boxes_of(tile).total()
+        assert left > 0 and tile.all("span", "more")[0].text == f"{left} more not drawn"
+        (boxes,) = tile.all("details")
+        assert boxes.all("summary")[0].text == f"list of {sum(counts)} boxes"
+
+
+@browser
+def test_a_list_says_what_the_crowded_picture_does_not(
+    tmp_path: Path, open_page: Callable[..., tuple[str, list[str]]]
+) -> None:
+    """A second script opens all lists, as the keyboard would."""
+    data = dense(tmp_path)
+    found = half_found(data)
+    page = write_page(compare(data, **dict.fromkeys("abcdefgh", found)), tmp_path / "page.html", disagreements=0)
+    opened = re.sub("script-src '[^']*'", "script-src 'unsafe-inline'", page.read_text(encoding="utf-8"))
+    opened += '<script>for (const one of document.querySelectorAll("details")) one.open = true</script>'
+    page.write_text(opened, encoding="utf-8")
+    content, console = open_page(page, "#score=0.5", do=("--virtual-time-budget=2000", "--dump-dom"))
+    assert console == []
+    tile = Tree(content).root.all("div", "found")[0]
+    (listed,) = tile.all("ol")
+    assert listed.attributes["tabindex"] == "0"
+    right, false, missed = counts_of(tile)
+    kinds = Counter(one.text.split(", ")[1] for one in listed.all("li"))
+    assert kinds == Counter(right=right, false=false, missed=missed)
+    best = found[0]
+    assert listed.all("li")[0].text == f"{best.names[0]} {best.scores[0]:.3f}, right"
+    assert any(one.text.endswith(", not drawn") for one in listed.all("li"))
+    few = [one for one in Tree(content).root.all("details") if "hidden" in one.attributes]
+    assert not few
 
 
 def only_objects_of(data: Dataset, name: str) -> Dataset:

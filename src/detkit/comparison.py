@@ -15,12 +15,12 @@ from typing import Any, Literal, TypeAlias
 
 from detkit.data import Dataset
 from detkit.errors import InvalidValue, ProtocolMismatch, UnknownName, UsageError
-from detkit.evaluation import Evaluated, Scorable, evaluate_all
+from detkit.evaluation import ClassMap, Evaluated, Scorable, evaluate_all
 from detkit.files import atomic_write
 from detkit.job import Model
 from detkit.runs import Run
 from detkit.scores import Scores
-from detkit.scores.certainty import LEVEL, NUMBERS, Interval, holm, interval, p_value
+from detkit.scores.certainty import FEWEST_IMAGES, LEVEL, NUMBERS, Interval, holm, interval, p_value
 from detkit.scores.protocol import plain
 from detkit.tables import html_table
 
@@ -43,6 +43,8 @@ class Difference:
     """Two-sided; NaN where nothing was measured."""
     corrected_p_value: float
     """The same after Holm's correction for the number of pairs compared."""
+    seen_in: str = ""
+    """``training`` or ``validation`` where one of the two has seen some of the images and the user allowed it."""
 
     @property
     def winner(self) -> str | None:
@@ -53,11 +55,12 @@ class Difference:
 
     def __str__(self) -> str:
         value, low, high = self.interval.value, self.interval.low, self.interval.high
+        mark = f" (SEEN IN {self.seen_in.upper()})" if self.seen_in else ""
         if math.isnan(self.p_value):
-            return f"{self.first} and {self.second}: not to be told apart, too little was measured"
+            return f"{self.first} and {self.second}: not to be told apart, too little was measured{mark}"
         ahead, behind = (self.first, self.second) if value >= 0 else (self.second, self.first)
         low, high = (low, high) if value >= 0 else (-high, -low)
-        numbers = f"{abs(value):.3f} [{low:+.3f}, {high:+.3f}], p = {self.corrected_p_value:.3f}"
+        numbers = f"{abs(value):.3f} [{low:+.3f}, {high:+.3f}], p = {self.corrected_p_value:.3f}{mark}"
         if self.winner is None:
             return f"{ahead} and {behind}: no difference shown, {numbers}"
         return f"{ahead} beats {behind} by {numbers}"
@@ -72,8 +75,10 @@ class Comparison:
     """What says who is ahead: AP, AP50 or AP75."""
 
     def __post_init__(self) -> None:
-        if self.metric not in NUMBERS:
-            raise InvalidValue("metric", self.metric, " or ".join(NUMBERS))
+        _refuse_metric(self.metric)
+        names = [entry.name for entry in self.entries]
+        if not names or len(set(names)) < len(names):
+            raise UsageError(f"a comparison is of one entry or more, each with a name of its own; given: {names}")
         first = self.entries[0]
         for entry in self.entries[1:]:
             differing = _differing(first.scores, entry.scores)
@@ -119,6 +124,7 @@ class Comparison:
                 interval=interval(value, replicates),
                 p_value=p,
                 corrected_p_value=corrected,
+                seen_in=a.scores.seen_in or b.scores.seen_in,
             )
             for (a, b), value, replicates, p, corrected in zip(
                 pairs, values, drawn, p_values, holm(p_values), strict=True
@@ -127,8 +133,13 @@ class Comparison:
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        """Signs of mistakes, with the name of the entry, and what the images say of too small a test set."""
-        return tuple(f"{entry.name}: {text}" for entry in self.entries for text in entry.scores.warnings)
+        """Signs of mistakes, with the name of the entry, and whether the test set is too small."""
+        said = [f"{entry.name}: {text}" for entry in self.entries for text in entry.scores.warnings]
+        if len(self.data) < FEWEST_IMAGES:
+            said.append(
+                f"{len(self.data)} image(s) are too few for an interval or a verdict; score {FEWEST_IMAGES} or more"
+            )
+        return tuple(said)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one record of plain values for each entry: name, numbers, the interval's ends, speed, origin."""
@@ -260,7 +271,7 @@ def compare(
     allow_seen: bool = False,
     on_invalid: Literal["raise", "drop"] = "raise",
     max_detections: int | None = None,
-    class_map: Mapping[str, str] | None = None,
+    class_map: ClassMap | None = None,
     device: str = "auto",
     batch_size: int = 8,
     fresh: bool = False,
@@ -271,8 +282,12 @@ def compare(
     ``models`` may name its entries: ``{"ours": run, "theirs": "results.json"}``; else they are called by their run or
     file. Without ``data`` all are scored on the test images that the runs kept aside, which have to be the same.
     ``max_detections`` is the largest of the models' own where None. The rest is that of `detkit.evaluate`, with its
-    errors. Scores that are there already have to be of the same images, classes and limits: else `ProtocolMismatch`.
+    errors; ``class_map`` may also be one for each entry, by name. Scores that are there already have to be of the same
+    images, classes and limits: else `ProtocolMismatch`.
     """
+    _refuse_metric(metric)
+    if isinstance(models, (str, Path)):
+        raise UsageError(f"compare takes a list of models; write detkit.compare([{str(models)!r}, ...])")
     named = models if isinstance(models, Mapping) else dict(zip(name_entrants(models), models, strict=True))
     if not named:
         raise UsageError("nothing to compare; name runs, models or files of predictions")
@@ -302,6 +317,11 @@ def compare(
     return Comparison(entries=tuple(found[name] for name in named), metric=metric)
 
 
+def _refuse_metric(metric: str) -> None:
+    if metric not in NUMBERS:
+        raise InvalidValue("metric", metric, " or ".join(NUMBERS))
+
+
 def refuse_ending(path: str | Path) -> None:
     """Raise `InvalidValue` for a file that `Comparison.save` cannot write."""
     if Path(path).suffix not in ENDINGS:
@@ -321,7 +341,7 @@ def start_of(entry: Evaluated) -> str:
 def facts_of(entry: Evaluated) -> dict[str, str]:
     """Return what is known of how an entry came to be, in words, by name."""
     if entry.model is None:
-        return {"origin": "predictions made elsewhere"}
+        return {"origin": "predictions made elsewhere; whether their maker saw these images is not known"}
     manifest = entry.model.manifest
     facts = {"model": entry.model.name, "started from": start_of(entry)}
     if manifest.weights.licence:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from detkit import numbering
 from detkit.columns import concatenate
 from detkit.data import Dataset
 from detkit.errors import InvalidValue, UnknownName, UsageError
@@ -74,7 +75,8 @@ def sample(data: Dataset, size: float, *, seed: int = 0) -> Dataset:
 def remap(data: Dataset, names: Mapping[str, str], *, drop: Iterable[str] = ()) -> Dataset:
     """Return the data with classes renamed, those that get the same name merged, and the boxes of some left out.
 
-    ``names`` maps present names to new ones, and may swap them; ``drop`` lists classes whose boxes go; images stay,
+    ``names`` maps present names to new ones, and may swap them; a class that gets the name of one that stays takes its
+    place, its id and whatever else the file says of it. ``drop`` lists classes whose boxes go; images stay,
     also without a box. Raises `UnknownName` for a class that is not in the data, `UsageError` for one that is in both.
     """
     dropped = tuple(drop)
@@ -87,10 +89,15 @@ def remap(data: Dataset, names: Mapping[str, str], *, drop: Iterable[str] = ()) 
         if not new.strip():
             raise InvalidValue("names", dict(names), "a class name that is not empty")
     renamed = {name: names.get(name, name) for name in data.classes if name not in dropped}
-    classes = tuple(dict.fromkeys(renamed.values()))
+    origin: dict[str, int] = {}
+    """Of each new class, the present one whose place it takes, and what the file says of it."""
+    for i, name in enumerate(data.classes):
+        if name in renamed and (renamed[name] == name or renamed[name] not in origin):
+            origin[renamed[name]] = i
+    classes = tuple(sorted(origin, key=origin.__getitem__))
     if dropped:
         data = data.keep_boxes(~np.isin(data.labels, [data.classes.index(name) for name in dropped]))
     table = np.array([classes.index(renamed[n]) if n in renamed else -1 for n in data.classes], dtype=np.int64)
-    first = [table.tolist().index(i) for i in range(len(classes))]
-    kept = None if data.class_extra is None else tuple(data.class_extra[i] for i in first)
+    extra = data.class_extra if len(classes) == len(data.classes) else numbering.class_extra(data)
+    kept = None if extra is None else tuple(extra[origin[name]] for name in classes)
     return replace(data, classes=classes, labels=table[data.labels], class_extra=kept)

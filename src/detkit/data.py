@@ -11,13 +11,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detkit import images
+from detkit import images, numbering
 from detkit.boxes import Boxes, area
 from detkit.errors import ClassMismatch, InvalidData, InvalidValue, UnknownName, UsageError
 from detkit.stratification import stratify
@@ -99,7 +100,10 @@ class Dataset:
     file_extra: Mapping[str, Extra] = field(default_factory=dict)
     """What annotation files, by their names in `sources`, say beside images and boxes, kept for writing."""
     box_ids: Indices | None = None
-    """The numbers that the file gives its boxes, where they are not 1, 2, 3 ...; kept for writing, and only that."""
+    """The numbers that the file gives its boxes, where they are not 1, 2, 3 ...; kept for writing, and only that. An
+    ``id`` in `box_extra`, which may be text, counts before."""
+    numbered: bool = False
+    """Whether the files number 1, 2, 3 ... in order what no ids are kept of, images, boxes by `records`, or classes."""
     split_indices: Mapping[str, Indices] = field(default_factory=dict)
     """Image indices of each split the data came with."""
 
@@ -223,6 +227,11 @@ class Dataset:
         counts = np.bincount(self.labels, minlength=len(self.classes))
         return {name: int(count) for name, count in zip(self.classes, counts, strict=True)}
 
+    @cached_property
+    def image_numbers(self) -> Indices:
+        """The ``(n,)`` numbers of the images among those of their files, counted from 1; see `numbered`."""
+        return numbering.image_numbers(self.sources)
+
     def boxes_per_image(self) -> Indices:
         """Return the ``(n,)`` number of boxes of each image."""
         return np.diff(self.offsets)
@@ -279,11 +288,12 @@ class Dataset:
             records=self.records[rows],
             sources=sources,
             masks=pick(self.masks, rows),
-            extra=pick(self.extra, chosen),
+            extra=numbering.image_extra(self, chosen),
             box_extra=pick(self.box_extra, rows),
             class_extra=self.class_extra,
             file_extra={source: extra for source, extra in self.file_extra.items() if source in present},
             box_ids=None if self.box_ids is None else self.box_ids[rows],
+            numbered=self.numbered,
         )
 
     def with_classes(self, classes: Sequence[str], what: str = "data") -> Dataset:
@@ -299,7 +309,7 @@ class Dataset:
             raise ClassMismatch(what, list(classes), used)
         index = {name: i for i, name in enumerate(classes)}
         table = np.array([index.get(name, -1) for name in self.classes], dtype=np.int64)
-        known = dict(zip(self.classes, self.class_extra or (), strict=False))
+        known = dict(zip(self.classes, numbering.class_extra(self) or (), strict=False))
         return replace(
             self,
             classes=tuple(classes),

@@ -46,6 +46,10 @@ class Detections:
             raise ValueError(f"boxes {self.boxes.shape}, labels {self.labels.shape}, scores {self.scores.shape}")
         if self.masks is not None and len(self.masks) != n:
             raise ValueError(f"{len(self.masks)} masks, scores {self.scores.shape}")
+        if np.count_nonzero(self.labels.astype(np.uint64) < len(self.classes)) != n:  # negative ones become huge
+            raise ValueError(f"labels from {self.labels.min()} to {self.labels.max()}, {len(self.classes)} classes")
+        if np.count_nonzero(np.isfinite(self.scores)) != n:
+            raise ValueError("scores that are not finite")
 
     @classmethod
     def from_arrays(

@@ -141,7 +141,8 @@ class ProtocolMismatch(UsageError):
         told = "; ".join(f"{name}: {a} and {b}" for name, (a, b) in differing.items())
         super().__init__(
             f"the scores of {first} and {second} do not compare ({told}). score both on the same images with the same "
-            "limits: detkit.compare([A, B], DATA, max_detections=N)"
+            "limits: detkit.compare([A, B], DATA, max_detections=N). evaluation leaves out what scores below 0.001; "
+            "detkit.score(data, detections, score_floor=0.001) does, too"
         )
 
 

@@ -11,14 +11,24 @@ from typing import Literal, TypeAlias
 from detkit import plugins
 from detkit.data import Dataset
 from detkit.detections import Detections
-from detkit.errors import SeenImages, UsageError
+from detkit.errors import (
+    DetkitWarning,
+    ImageError,
+    InvalidData,
+    InvalidValue,
+    SeenImages,
+    UnknownName,
+    UsageError,
+)
 from detkit.formats.checks import prepare
+from detkit.formats.imagefacts import look
 from detkit.io import read_dataset
 from detkit.job import Model, Workspace
 from detkit.prediction_store import predict_all
 from detkit.predictions import read_predictions
 from detkit.predictor import find_model
 from detkit.progress import shown
+from detkit.remote import is_remote
 from detkit.runs import Run
 from detkit.scores import SCORE_FLOOR, Scores, score
 
@@ -26,6 +36,9 @@ _ROLES = {"train": "training", "validation": "validation"}
 
 Scorable: TypeAlias = "Run | Model | str | Path | Sequence[Detections]"
 """What can be scored: a model, or what one found: a file for `read_predictions`, or one `Detections` for each image."""
+
+ClassMap: TypeAlias = "Mapping[str, str] | Mapping[str, Mapping[str, str]]"
+"""``{model's name: data's name}``, or one such mapping for each entry, by its name."""
 
 _DEFAULT_LIMIT = 100
 """COCO's limit of detections, for predictions whose maker is not known."""
@@ -52,7 +65,7 @@ def evaluate(
     allow_seen: bool = False,
     on_invalid: Literal["raise", "drop"] = "raise",
     max_detections: int | None = None,
-    class_map: Mapping[str, str] | None = None,
+    class_map: ClassMap | None = None,
     device: str = "auto",
     batch_size: int = 8,
     fresh: bool = False,
@@ -91,7 +104,7 @@ def evaluate_all(
     allow_seen: bool = False,
     on_invalid: Literal["raise", "drop"] = "raise",
     max_detections: int | None = None,
-    class_map: Mapping[str, str] | None = None,
+    class_map: ClassMap | None = None,
     device: str = "auto",
     batch_size: int = 8,
     fresh: bool = False,
@@ -109,13 +122,16 @@ def evaluate_all(
         loaded = read_dataset(data) if isinstance(data, (str, Path)) else data
         prepared = prepare(loaded, on_invalid=on_invalid)
         data, digests = prepared.data, prepared.image_digests
-    known = [model.manifest.max_detections for model in models.values() if model is not None]
-    limit = max_detections or max(known, default=_DEFAULT_LIMIT)
-    class_map = class_map or {}
+    if max_detections is not None and max_detections < 1:
+        raise InvalidValue("max_detections", max_detections, "a whole number from 1")
+    own_limits = [model.manifest.max_detections for model in models.values() if model is not None]
+    limit = max_detections or max(own_limits, default=_DEFAULT_LIMIT)
+    maps = {name: _map_of(name, class_map) for name in subjects}
     seen = {}
+    _refuse_strange_names(maps, subjects, models)
     for name, model in models.items():  # before anything takes time
         if model is not None:
-            _refuse_classes(data, model.classes, class_map, name or model.name)
+            _refuse_classes(data, model.classes, maps[name], name or model.name)
             seen[name] = _overlap(model, data, digests, allow_seen)
     found: list[Evaluated] = []
     with shown(progress):
@@ -127,7 +143,8 @@ def evaluate_all(
                     data,
                     digests,
                     score_threshold=SCORE_FLOOR,
-                    max_detections=limit,
+                    # The model's limit is one for all classes of an image, the protocol's one for each class.
+                    max_detections=max(limit, model.manifest.max_detections),
                     device=device,
                     batch_size=batch_size,
                     fresh=fresh,
@@ -135,11 +152,15 @@ def evaluate_all(
                 detections: Sequence[Detections] = predicted.detections
                 seconds = predicted.seconds_per_image
                 where = "" if predicted.device == "auto" else predicted.device
+            elif isinstance(subject, (str, Path)):
+                detections = read_predictions(subject, data, class_map=maps[name])
             else:
-                detections = _given(subject, data)
-                for classes in {one.classes for one in detections}:
-                    _refuse_classes(data, classes, class_map, name or "predictions")
-            renamed = [_rename(one, class_map) for one in detections] if class_map else detections
+                detections = _listed(subject)
+                _refuse_other_images(detections, data)
+                known = list(dict.fromkeys(one for found_there in detections for one in found_there.classes))
+                if known:
+                    _refuse_classes(data, known, maps[name], name or "the detections")
+            renamed = [_rename(one, maps[name]) for one in detections] if maps[name] else detections
             scores = score(data, renamed, max_detections=limit, score_floor=SCORE_FLOOR)
             scores = _with_metrics(replace(scores, seen_in=seen.get(name, "")))
             found.append(Evaluated(name=name, scores=scores, model=model, seconds_per_image=seconds, device=where))
@@ -147,8 +168,8 @@ def evaluate_all(
 
 
 def is_prediction_file(subject: object) -> bool:
-    """Say whether something is the path of a file with predictions, not of a run or a model."""
-    return isinstance(subject, (str, Path)) and Path(subject).is_file()
+    """Say whether something is the path or URL of a file with predictions, not of a run or a model."""
+    return isinstance(subject, (str, Path)) and (is_remote(subject) or Path(subject).is_file())
 
 
 def _model(subject: Scorable) -> Model | None:
@@ -157,15 +178,41 @@ def _model(subject: Scorable) -> Model | None:
     return None
 
 
-def _given(subject: Scorable, data: Dataset) -> Sequence[Detections]:
-    if isinstance(subject, (str, Path)):
-        return read_predictions(subject, data)
-    if isinstance(subject, Sequence) and not isinstance(subject, str):
-        return subject
-    raise UsageError(
-        f"{type(subject).__name__} cannot be scored; expected a run, a model, the path of either or of a file with "
-        "predictions, or a list of Detections, one for each image"
-    )
+def _listed(subject: Scorable) -> Sequence[Detections]:
+    """Return a list of detections as it is, refused where it is none."""
+    if not isinstance(subject, Sequence) or isinstance(subject, str):
+        raise UsageError(
+            f"{type(subject).__name__} cannot be scored; expected a run, a model, the path of either or of a file with "
+            "predictions, or a list of Detections, one for each image"
+        )
+    for i, one in enumerate(subject):
+        if not isinstance(one, Detections):
+            raise UsageError(
+                f"item {i} is a {type(one).__name__}; expected Detections, which "
+                "detkit.detections.as_detections makes of what other tools return"
+            )
+    return subject
+
+
+def _refuse_other_images(detections: Sequence[Detections], data: Dataset) -> None:
+    """Raise `UsageError` where detections say that they are on another image than the one in their place."""
+    for i, (one, path) in enumerate(zip(detections, data.paths, strict=False)):
+        if one.path and Path(one.path).name != Path(path).name:
+            raise UsageError(
+                f"item {i} has detections on {Path(one.path).name}, image {i} of the data is {Path(path).name}; "
+                "expected one for each image, in the order of the data"
+            )
+
+
+def _map_of(name: str, class_map: ClassMap | None) -> Mapping[str, str]:
+    """Return the class map of an entry. Raises `UsageError` where single ones and maps are mixed."""
+    given = class_map or {}
+    maps = {key: value for key, value in given.items() if not isinstance(value, str)}
+    if not maps:
+        return {key: value for key, value in given.items() if isinstance(value, str)}
+    if len(maps) < len(given):
+        raise UsageError("class_map mixes names and maps; give {model's: data's} for all, or {entry: {...}} for each")
+    return maps.get(name, {})
 
 
 def _with_metrics(scores: Scores) -> Scores:
@@ -174,7 +221,8 @@ def _with_metrics(scores: Scores) -> Scores:
     detections = [one.above(scores.protocol.score_floor) for one in scores.detections]
     for metric in plugins.metrics().values():
         try:
-            extra = dict(metric.compute(scores.data, detections))
+            computed = metric.compute(scores.data, detections)
+            extra = {name: float(value) for name, value in computed.items()}
         except Exception as error:  # a stranger's code; the other numbers are worth having
             warnings.warn(f"metric {metric.name} is left out: {type(error).__name__}: {error}", stacklevel=2)
             continue
@@ -187,8 +235,24 @@ def _with_metrics(scores: Scores) -> Scores:
     return replace(scores, numbers=numbers, lower_is_better=tuple(lower_is_better))
 
 
+def _refuse_strange_names(
+    maps: Mapping[str, Mapping[str, str]], subjects: Mapping[str, Scorable], models: Mapping[str, Model | None]
+) -> None:
+    """Raise `UsageError` for names in class maps that no model has; those of prediction files are not known yet."""
+    if any(is_prediction_file(subject) for subject in subjects.values()):
+        return
+    known: dict[str, None] = {}
+    for name, subject in subjects.items():
+        model = models[name]
+        several = [model.classes] if model is not None else [one.classes for one in _listed(subject)]
+        known |= dict.fromkeys(one for classes in several for one in classes)
+    unknown = [name for mapped in maps.values() for name in mapped if name not in known]
+    if unknown:
+        raise UnknownName("class of the model in class_map", unknown[0], known)
+
+
 def _refuse_classes(data: Dataset, classes: Sequence[str], class_map: Mapping[str, str], name: str) -> None:
-    """Raise `ClassMismatch` where the data has boxes of a class that has no counterpart."""
+    """Raise `ClassMismatch` for a class of the data that has boxes and no counterpart."""
     data.with_classes(list(dict.fromkeys(class_map.get(known, known) for known in classes)), f"the data, for {name}")
 
 
@@ -199,28 +263,62 @@ def _rename(found: Detections, class_map: Mapping[str, str]) -> Detections:
 def _kept_test_images(models: Mapping[str, Model | None]) -> tuple[Dataset, list[str]]:
     kept: dict[str, tuple[Dataset, list[str]]] = {}
     for name, model in models.items():
-        if model is None:
-            continue
-        workspace = Workspace(model.path.absolute().parent)
-        data = workspace.dataset("test")
-        if data is None:
-            raise UsageError(
-                f"{model.path} has no test images of its own; name a data set, e.g. `detkit evaluate RUN DATA:test`"
-            )
-        kept[name] = (data, workspace.image_digests("test"))
+        if model is not None:
+            kept[name] = _kept_by(model)
     if not kept:
         raise UsageError("predictions are scored against a data set; name it, e.g. `detkit evaluate FILE DATA:test`")
     first = next(iter(kept))
-    for name, (_, digests) in kept.items():
-        if sorted(digests) != sorted(kept[first][1]):
+    data, digests = kept[first]
+    for name, (other, other_digests) in kept.items():
+        same = sorted(other_digests) == sorted(digests)
+        if not same or set(other.classes) != set(data.classes) or _truth(other, other_digests) != _truth(data, digests):
+            what = "annotations of their test images" if same else "test images aside"
             raise UsageError(
-                f"{first} and {name} kept different test images aside ({len(kept[first][1])} and {len(digests)}), so "
+                f"{first} and {name} kept different {what} ({len(digests)} and {len(other_digests)} images), so "
                 "their own scores do not compare; name one data set for all, e.g. `detkit compare A B DATA:test`"
             )
-    return kept[first]
+    return data, digests
+
+
+def _kept_by(model: Model) -> tuple[Dataset, list[str]]:
+    """Return the test images of a run; raise `InvalidData` where they are no longer what the run was given."""
+    workspace = Workspace(model.path.absolute().parent)
+    data = workspace.dataset("test")
+    if data is None:
+        raise UsageError(
+            f"{model.path} has no test images of its own; name a data set, e.g. `detkit evaluate RUN DATA:test`"
+        )
+    digests = workspace.image_digests("test")
+    facts = look(data.paths, decode=False)
+    changed = [
+        image_id
+        for image_id, fact, digest in zip(data.image_ids, facts, digests, strict=True)
+        if isinstance(fact, ImageError) or fact.digest != digest
+    ]
+    if changed:
+        raise InvalidData(
+            f"{len(changed)} of the {len(data)} test images that {workspace.path} kept aside have changed since, for "
+            f"example {', '.join(changed[:3])}; name the data set to score them as they are, e.g. "
+            "`detkit evaluate RUN DATA:test`"
+        )
+    return data, digests
+
+
+def _truth(data: Dataset, digests: Sequence[str]) -> list[tuple[str, list[tuple[str, tuple[float, ...]]]]]:
+    """Return every image's digest with its boxes and names, in an order of their own."""
+    return sorted(
+        (digest, sorted((name, tuple(box)) for name, box in zip(one.names, one.boxes.tolist(), strict=True)))
+        for digest, one in zip(digests, data, strict=True)
+    )
 
 
 def _overlap(model: Model, data: Dataset, digests: list[str], allow: bool) -> str:
+    if not model.seen():
+        warnings.warn(
+            f"which images {model.name} has seen is not known: there is no seen.json in {model.path}",
+            DetkitWarning,
+            stacklevel=4,
+        )
     for channel, role in _ROLES.items():
         known = set(model.seen().get(channel, []))
         files = [image_id for image_id, digest in zip(data.image_ids, digests, strict=True) if digest in known]

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
@@ -81,16 +82,16 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``target``, which becomes that when the block ends well. Raises `StorageError`.
 
     What a killed process of this machine left there for the same target goes first. One that still runs holds a lock
-    on its folder; where the file system knows no locks, nothing is removed.
+    on its folder, an hour after it made it at the latest; where the file system knows no locks, nothing is removed.
     """
-    begin = f".{target.name}.{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-"
+    begin = f".{_short(target.name)}.{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-"
     beside = target.with_name(begin + secrets.token_hex(4))
     held = -1
     try:
         beside.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # a folder that may be written to, and not listed
             for left in target.parent.iterdir():
-                if left.name.startswith(begin) and left.suffix != _UNLOCKED:
+                if left.name.startswith(begin) and (left.suffix != _UNLOCKED or _is_old(left)):
                     _remove_left(left)
         # Nobody removes it before it is locked, as it has another name until then.
         unlocked = beside.with_name(beside.name + _UNLOCKED)
@@ -108,6 +109,22 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 
 _UNLOCKED = ".new"
+_OLD_S = 3600
+_LONGEST_NAME = 200
+"""Bytes of a target's name; file systems take 255, of which what is added takes 32."""
+
+
+def _short(name: str) -> str:
+    """Return a name, or the beginning of a long one with what tells it from others."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _LONGEST_NAME:
+        return name
+    return encoded[: _LONGEST_NAME - 17].decode(errors="ignore") + "-" + hashlib.sha256(encoded).hexdigest()[:16]
+
+
+def _is_old(folder: Path) -> bool:
+    """Return whether a folder was made so long ago that its process has locked it, or is dead."""
+    return time.time() - folder.stat().st_mtime > _OLD_S
 
 
 def _lock(folder: Path) -> int:

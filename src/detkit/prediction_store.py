@@ -1,8 +1,8 @@
 """What models found on images, kept so that no model looks at an image twice.
 
 One SQLite file for each model lies in ``$DETKIT_CACHE/predictions``, by default under ``~/.cache/detkit``;
-``DETKIT_CACHE=off`` keeps nothing. An entry counts for the same model, thresholds, code of engine and detkit, and bytes
-of the image file. Whatever is wrong with a file, the model merely looks again.
+``DETKIT_CACHE=off`` keeps nothing. An entry counts for the same model, thresholds, code of engine and detkit, versions
+of what the engine needs, and bytes of the image file. Whatever is wrong with a file, the model merely looks again.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 import sqlite3
+import sys
 import time
 import warnings
 import zlib
@@ -26,9 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detkit import plugins
-from detkit.backends import PredictOptions
+from detkit.backends import LocalBackend, PredictOptions
 from detkit.detections import Detections
-from detkit.errors import DetkitWarning, UsageError
+from detkit.errors import DetkitError, DetkitWarning, UsageError
 from detkit.files import cache_folder, file_sha256
 from detkit.predictor import Predictor
 from detkit.progress import track
@@ -44,6 +46,9 @@ _VERSION = 1
 """Of the tables; part of the files' names."""
 _OWN_CODE = ("backends", "boxes", "detections", "images", "predictor", "recordio", "wire", "worker")
 """What of detkit itself stands between an image file and the detections on it."""
+_COLUMNS = "settings blob, image blob, width integer, height integer, found blob, seconds real, device text"
+_DAMAGED = {11: "database disk image is malformed", 26: "file is not a database"}
+"""SQLITE_CORRUPT and SQLITE_NOTADB; Python 3.10 has only the messages."""
 _ASKED_AT_ONCE = 500
 _FLUSH_S, _FLUSH_ROWS = 1.0, 512
 """So much is lost at most when the process is killed."""
@@ -83,6 +88,7 @@ class PredictionStore:
                 "nms_threshold": None if options.nms_threshold is None else float(options.nms_threshold),
                 "max_detections": options.max_detections or model.manifest.max_detections,
                 "versions": plugins.versions(model.manifest.backend),
+                "needs": _needs(model),
                 "code": [_code("detkit", _OWN_CODE), _code(model.manifest.engine.partition(":")[0].partition(".")[0])],
             },
             sort_keys=True,
@@ -160,8 +166,7 @@ class PredictionStore:
             kept = Kept(found, float(seconds), str(device))
         except (ValueError, TypeError, msgspec.MsgspecError):
             return None
-        sound = not len(found) or (found.labels.min() >= 0 and found.labels.max() < len(self._classes))
-        return kept if sound else None
+        return kept
 
     def _open(self) -> None:
         if self.path is None:
@@ -169,10 +174,10 @@ class PredictionStore:
         with self._forgiven():
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._database = sqlite3.connect(self.path, timeout=_WAIT_S)
-            self._database.execute(
-                "create table if not exists found (settings blob, image blob, width integer, height integer,"
-                " found blob, seconds real, device text, primary key (settings, image))"
-            )
+            self._database.execute(f"create table if not exists found ({_COLUMNS}, primary key (settings, image))")
+            columns = [name for (name,) in self._database.execute("select name from pragma_table_info('found')")]
+            if columns != [column.split()[0] for column in _COLUMNS.split(",")]:
+                self._set_aside("has the columns of another version", "other")
 
     def _flush(self) -> None:
         if not self._pending or self._database is None:
@@ -187,26 +192,24 @@ class PredictionStore:
         """Go on without what could not be read or written; a damaged file is set aside, and the next one is new."""
         try:
             yield
-        except sqlite3.OperationalError:  # locked, no space, no permission
-            return
-        except sqlite3.DatabaseError as error:
-            self._set_aside(error)
+        except sqlite3.Error as error:  # else locked, no space, no permission
+            if _is_damage(error):
+                self._set_aside(f"is damaged ({error})", "damaged")
         except OSError:
             return
 
-    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+    def _set_aside(self, fault: str, ending: str) -> None:
         database, self._database = self._database, None
         if database is not None:
             with contextlib.suppress(sqlite3.Error):
                 database.close()
         assert self.path is not None
-        aside = self.path.with_suffix(".damaged")
+        aside = self.path.with_suffix(f".{ending}")
         with contextlib.suppress(OSError):
             os.replace(self.path, aside)
             self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)  # it would mend the new one
             warnings.warn(
-                f"{self.path} is damaged ({error}) and now called {aside.name}; images are looked at anew. "
-                "it can be removed",
+                f"{self.path} {fault} and is now called {aside.name}; images are looked at anew. it can be removed",
                 DetkitWarning,
                 stacklevel=5,
             )
@@ -303,18 +306,52 @@ def store_size() -> int:
     return size
 
 
+def _is_damage(error: sqlite3.Error) -> bool:
+    code: int | None = getattr(error, "sqlite_errorcode", None)  # from Python 3.11 on
+    return code & 0xFF in _DAMAGED if code is not None else str(error) in _DAMAGED.values()
+
+
+def _needs(model: Model) -> dict[str, str]:
+    """Return the versions of the distributions that are called as what the engine needs, where they are known.
+
+    They are those of the interpreter that opens the model. Which framework trained it, its manifest says, and each has
+    a database of its own.
+    """
+    backend = plugins.backend(model.manifest.backend)
+    if not isinstance(backend, LocalBackend):
+        return {}
+    try:
+        python = backend.interpreter(None, last=str(model.manifest.options.get("python")))
+    except DetkitError:  # which is for those to raise who open the model
+        return {}
+    folders = sys.path
+    if python != sys.executable:
+        folders = [str(folder) for folder in Path(python).parent.parent.glob("lib/python*/site-packages")]
+    found = {}
+    for name in backend.requires:
+        with contextlib.suppress(Exception):  # none of this name, or its metadata is not whole
+            found[name] = next(iter(importlib.metadata.distributions(name=name, path=folders))).version
+    return found
+
+
 def _is_digest(text: str) -> bool:
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 @functools.cache
 def _code(package: str, modules: tuple[str, ...] = ()) -> str:
-    """Return the sha256 of a package's Python files: plugins are developed, too, without a new version every time."""
+    """Return the sha256 of the Python files of a package, or of a module that is in none.
+
+    Plugins are developed, too, without a new version every time.
+    """
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         spec = None
     h = hashlib.sha256()
+    if spec is not None and spec.submodule_search_locations is None and spec.origin:
+        with contextlib.suppress(OSError):
+            h.update(Path(spec.origin).read_bytes())
     for folder in map(Path, (spec.submodule_search_locations or []) if spec is not None else []):
         for file in sorted(folder / f"{name}.py" for name in modules) or sorted(folder.rglob("*.py")):
             with contextlib.suppress(OSError):

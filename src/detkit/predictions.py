@@ -6,7 +6,9 @@ class by its name, or by an id that somebody has said the name of.
 
 from __future__ import annotations
 
+import json
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,11 +24,12 @@ from detkit.files import atomic_write
 from detkit.formats.coco import to_coco
 from detkit.formats.findings import Finding, raise_errors
 from detkit.formats.identities import AMBIGUOUS, CocoIds, ImageNames
-from detkit.formats.jsonrecords import is_number, shown
+from detkit.formats.jsonrecords import shown
 from detkit.formats.resultfiles import Result, ResultsFile
+from detkit.formats.resultmasks import mask_fault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 _SHOWN = 3
 _OUTSIDE_PX = 1.0
 _MANY = 20
-"""So many boxes tell whether all are made in another way than they should be."""
+"""So many boxes, or images, tell whether something is wrong with all of them."""
 
 
 def read_predictions(
@@ -47,6 +50,7 @@ def read_predictions(
     *,
     classes: Sequence[str] | None = None,
     class_ids: Mapping[int, str] | None = None,
+    class_map: Mapping[str, str] | None = None,
     on_unknown: Literal["raise", "drop"] = "raise",
 ) -> list[Detections]:
     """Read what a model found on the images of ``data``: one `Detections` for each, in order, also where there is none.
@@ -57,10 +61,12 @@ def read_predictions(
     in the COCO file that the data was read from; text is that, or an image's id in the data, its path, file name, or
     file name without ending, where only one image has it. What a ``category_id`` stands for is told by ``class_ids``,
     e.g. ``{1: "crazing"}``, or by ``classes``, for ids counted from 0 in order; else by the record's
-    ``category_name``, the file's ``categories``, or the COCO file that the data was read from.
+    ``category_name``, the file's ``categories``, or the COCO file that the data was read from. ``class_map`` then says
+    which class of the data is meant by a name of the file's, ``{"crack": "crazing"}``; several may be the same.
 
     Raises one `InvalidData` with everything that is wrong. Images and classes that the data lacks are wrong, too, and
-    left out with a warning where ``on_unknown="drop"``.
+    left out with a warning where ``on_unknown="drop"``. Warns where the file passes over images that it should speak
+    of, and where its boxes look as if they were made in another way.
     """
     if classes is not None and class_ids is not None:
         raise UsageError("read_predictions was given classes and class_ids; give one of them")
@@ -70,7 +76,7 @@ def read_predictions(
     findings: list[Finding] = []
     try:
         file = ResultsFile(remote.local(str(path)) if remote.is_remote(path) else Path(path), str(path), findings)
-        reading = _Reading(data, file, told)
+        reading = _Reading(data, file, told, class_map or {})
         for piece in file.records():
             reading.add(piece)
     except FileNotFoundError:
@@ -83,8 +89,43 @@ def read_predictions(
         unknown = []
     nameless = reading.nameless()
     raise_errors([*nameless, *unknown, *findings], _hint(nameless, unknown))
-    reading.warn(str(path))
+    for looks in filter(None, (reading.passed_over(), reading.other_boxes())):
+        warnings.warn(f"{path}: {looks}", DetkitWarning, stacklevel=2)
     return reading.detections()
+
+
+def looks_like_predictions(path: str | Path) -> bool:
+    """Tell by its first 64 KB whether `read_predictions` may take a file: no ground truth, nor anything else.
+
+    The first record has a ``score``, or is an image's with ``detections``, or the list is empty.
+    """
+    try:
+        with (remote.local(str(path)) if remote.is_remote(path) else Path(path)).open("rb") as file:
+            text = file.read(1 << 16).decode("utf-8-sig", "ignore").lstrip()
+    except OSError:
+        return False
+    if text.startswith("["):
+        first = text[1:].lstrip()
+        return first.startswith("]") or any(key in {"score", "detections"} for key, _ in _keys(first))
+    for key, value in _keys(text):
+        if key in {"detections", "annotations"} and text[value : value + 1] == "[":
+            return key == "detections" or any(key == "score" for key, _ in _keys(text[value + 1 :].lstrip()))
+    return False
+
+
+def _keys(text: str) -> Iterator[tuple[str, int]]:
+    """Yield each key of a JSON object, and where its value begins, until the text ends or is none."""
+
+    def skip(begin: int) -> int:
+        return next((i for i in range(begin, len(text)) if not text[i].isspace()), len(text))
+
+    decode, at = json.JSONDecoder().raw_decode, 0
+    with suppress(ValueError, RecursionError):
+        while text[at : at + 1] == ("," if at else "{"):
+            key, at = decode(text, skip(at + 1))
+            at = skip(skip(at) + 1)  # behind the colon
+            yield str(key), at
+            at = skip(decode(text, at)[1])
 
 
 def write_predictions(path: str | Path, data: Dataset, detections: Iterable[Detections]) -> Path:
@@ -135,8 +176,10 @@ def _results(found: Detections, image_id: Id, file_name: str, category_ids: Mapp
 class _Reading:
     """Gathers the records of one file under the images and classes of the data."""
 
-    def __init__(self, data: Dataset, file: ResultsFile, told: Mapping[Any, str] | None) -> None:
-        self._data, self._file, self._told = data, file, told
+    def __init__(
+        self, data: Dataset, file: ResultsFile, told: Mapping[Any, str] | None, class_map: Mapping[str, str]
+    ) -> None:
+        self._data, self._file, self._told, self._class_map = data, file, told, class_map
         self._ids = CocoIds(data)
         self._images = ImageNames(data, self._ids)
         self._image_of: dict[ImageKey, int] = {}
@@ -144,6 +187,7 @@ class _Reading:
         self._label_of = {name: label for label, name in enumerate(data.classes)}
         self._claimed: dict[int, str] = {}
         self._lines: dict[int, int | None] = {}
+        self._spoken_of = np.zeros(len(data), dtype=bool)
         self._lost_images: dict[ImageKey, _Lost] = {}
         self._lost_classes: dict[str, _Lost] = {}
         self._nameless: dict[Id, _Lost] = {}
@@ -171,6 +215,7 @@ class _Reading:
                 self._nameless.setdefault(number, _Lost(piece, row)).count += 1
         if piece.masks is not None:
             self._check_masks(piece, owner)
+        self._spoken_of[owner[owner >= 0]] = True
         keep = (owner >= 0) & (labels >= 0)
         piece = piece.take(keep)
         self._owner.append(owner[keep])
@@ -195,7 +240,8 @@ class _Reading:
 
     def _name(self, key: ClassKey) -> str | None:
         if key not in self._name_of:
-            self._name_of[key] = self._look_up(*key)
+            name = self._look_up(*key)
+            self._name_of[key] = self._class_map.get(name, name) if name else name
         return self._name_of[key]
 
     def _look_up(self, name: str, number: Id | None) -> str | None:
@@ -215,6 +261,7 @@ class _Reading:
             before = f" in line {self._lines[at]}" if self._lines[at] else ""
             piece.place.error("image-twice", f"{self._data.image_ids[at]!r} is there already{before}")
         self._lines.setdefault(at, piece.place.line)
+        self._spoken_of[at] = True
         known = tuple(self._data.sizes[at].tolist())
         if all(size) and all(known) and size not in (known, known[::-1]):
             message = f"{size[0]}x{size[1]}, and the data says {known[0]}x{known[1]}; boxes are pixels of that"
@@ -223,7 +270,7 @@ class _Reading:
     def _check_masks(self, piece: Records, owner: Indices) -> None:
         for row, mask in enumerate(piece.masks or ()):
             if mask is not None and owner[row] >= 0:
-                fault = _mask_fault(mask, self._data.sizes[owner[row]].tolist())
+                fault = mask_fault(mask, self._data.sizes[owner[row]].tolist())
                 if fault:
                     piece.error(row, "bad-mask", fault, piece.mask_key)
 
@@ -255,13 +302,31 @@ class _Reading:
         message = f"{len(self._nameless)} category ids ({count} detections) have no name: {ids}"
         return [next(iter(self._nameless.values())).finding("nameless-class", message)]
 
-    def warn(self, place: str) -> None:
-        """Say where boxes look as if they were made in another way than COCO's."""
+    def passed_over(self) -> str:
+        """Say that the file does not speak of images of the data; nothing where that may well be.
+
+        Where it tells its images, line by line or in a list, each counts; else only many without a record are a sign.
+        """
+        told = self._lines or self._file.file_names
+        spoken_of, n = self._spoken_of.copy(), len(self._data)
+        listed = [self._images.find((name, number)) for number, name in self._file.file_names.items()]
+        spoken_of[[at for at in listed if at >= 0]] = True
+        silent = np.flatnonzero(~spoken_of)
+        if not len(silent) or (not told and (n < _MANY or len(silent) * 2 <= n)):
+            return ""
+        examples = ", ".join(repr(self._data.image_ids[i]) for i in silent[:_SHOWN].tolist())
+        return (
+            f"no detections for {len(silent)} of {n} images, for example {examples}: it does not mention them, so they "
+            "count as images where nothing was found. if the model never looked at them, leave them out of the data"
+        )
+
+    def other_boxes(self) -> str:
+        """Say that boxes look as if they were made in another way than COCO's; nothing where they do not."""
         boxes, sizes = np.concatenate([np.zeros((0, 4)), *self._boxes]), self._data.sizes[_joined(self._owner)]
         known = (sizes > 0).all(axis=1)
         low, high, limits = boxes[known, :2], boxes[known, 2:], sizes[known] + _OUTSIDE_PX
         if len(low) < _MANY:
-            return
+            return ""
         sides = high - low
         outside = (high > limits).any(axis=1).mean()
         looks = ""
@@ -269,9 +334,7 @@ class _Reading:
             looks = f"{outside:.0%} of the boxes leave their image and all would fit as corners xmin, ymin, xmax, ymax"
         elif high.max() <= 1:
             looks = "all boxes lie within one pixel, as if they were shares of the image's sides"
-        if looks:
-            told = f"{place}: {looks}; they are taken as x, y, width, height in pixels, as COCO has them"
-            warnings.warn(told, DetkitWarning, stacklevel=3)
+        return looks and f"{looks}; they are taken as x, y, width, height in pixels, as COCO has them"
 
     def detections(self) -> list[Detections]:
         """Return one for each image."""
@@ -320,38 +383,18 @@ def _joined(columns: list[Indices]) -> Indices:
     return np.concatenate([np.zeros(0, np.int64), *columns])
 
 
-def _mask_fault(mask: Any, size: list[int]) -> str:
-    """Say what is wrong with a mask; nothing where it can be used on an image of this width and height."""
-    if isinstance(mask, list):
-        sound = all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(map(is_number, p)) for p in mask)
-        return "" if sound else "a polygon is no list of at least three points x, y, x, y ..."
-    if not isinstance(mask, dict) or not {"size", "counts"} <= set(mask):
-        return f"{shown(mask)}; expected COCO's encoding with 'size' and 'counts', or polygons"
-    if mask["size"] != size[::-1]:
-        return f"its size is {shown(mask['size'])}; that of the image, height first, is {size[::-1]}"
-    counts = mask["counts"]
-    if isinstance(counts, list):
-        sound = all(type(count) is int and count >= 0 for count in counts) and sum(counts) == size[0] * size[1]
-        return "" if sound else f"its counts do not add up to {size[0]}x{size[1]} pixels"
-    from hotcoco import mask as rle
-
-    try:
-        rle.area(mask)
-    except (ValueError, TypeError) as error:
-        return f"its counts cannot be read: {error}"
-    return ""
-
-
 def _hint(nameless: list[Finding], unknown: list[Finding]) -> str:
     hints = []
     if nameless:
         hints.append(
-            "say what the ids stand for: class_ids={1: 'crazing', 2: 'patches'}, or classes=['crazing', 'patches'] "
-            "where they count from 0"
+            "say what the ids stand for: detkit.read_predictions(..., class_ids={1: 'crazing', 2: 'patches'}), or "
+            "classes=['crazing', 'patches'] where they count from 0; or give each record its 'category_name'"
         )
+    kinds = {finding.code for finding in unknown}
+    if "unknown-class" in kinds:
+        hints.append("say which class of the data is meant: class_map={'crack': 'crazing'}, theirs first")
+    if kinds - {"unknown-class"}:
+        hints.append("read the data set that the predictions were made on, or give each record its 'file_name'")
     if unknown:
-        hints.append(
-            "read the data set that the predictions were made on, give each record its 'file_name' and "
-            "'category_name', or leave out what the data lacks with on_unknown='drop'"
-        )
+        hints.append('leave out what the data lacks with detkit.read_predictions(..., on_unknown="drop")')
     return "\n".join(hints)

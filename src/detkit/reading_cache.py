@@ -73,6 +73,7 @@ class _Kept(msgspec.Struct):
     file_extra: dict[str, dict[str, Any]]
     arrays: dict[str, tuple[str, list[int], bytes]]
     splits: dict[str, bytes]
+    numbered: bool
 
 
 @dataclass(frozen=True)
@@ -311,6 +312,7 @@ def _pack(data: Dataset, state: str, warnings: Sequence[str]) -> _Kept:
         file_extra={source: dict(extra) for source, extra in data.file_extra.items()},
         arrays={name: (array.dtype.str, list(array.shape), array.tobytes()) for name, array in arrays.items()},
         splits={name: np.asarray(at, dtype=np.int64).tobytes() for name, at in data.split_indices.items()},
+        numbered=data.numbered,
     )
 
 
@@ -331,5 +333,6 @@ def _unpack(kept: _Kept) -> Dataset:
         class_extra=None if kept.class_extra is None else tuple(kept.class_extra),
         file_extra=kept.file_extra,
         split_indices={name: np.frombuffer(at, dtype=np.int64) for name, at in kept.splits.items()},
+        numbered=kept.numbered,
         **arrays,
     )

@@ -164,13 +164,14 @@ def test_every_format_into_every_other(
 ) -> None:
     data = read_dataset(folders[one])
     lost = plugins.formats()[other].not_carried(data)
-    assert set(lost) <= {"file names"}, "a small plain set has nothing else to lose"
+    unsorted = {"class order"} if other in {"voc", "sku110k"} and data.classes != tuple(sorted(data.classes)) else set()
+    assert set(lost) - {"file names"} == unsorted, "a small plain set has nothing else to lose"
     folder, told = written(data, tmp_path / "out", other)
     assert told == lost
     back = read_dataset(folder)
     assert content(back) == content(small)
     assert set(back.classes) == set(small.classes)
-    assert back.image_ids == data.image_ids or lost
+    assert back.image_ids == data.image_ids or "file names" in lost
     assert [str(finding) for finding in check(folder) if finding.severity == "error"] == []
 
 

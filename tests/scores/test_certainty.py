@@ -115,8 +115,8 @@ def test_the_same_seed_draws_the_same_images(make: Make) -> None:
 
 def test_draws_of_a_seed_do_not_depend_on_the_model(make: Make) -> None:
     """A model that finds all of image 0 and nothing else has AP by whether image 0 was drawn."""
-    data, _ = make(3, num_images=6, max_objects=6, max_found=0, levels=1, flags=0)
-    only = np.zeros(6, dtype=np.int64)
+    data, _ = make(3, num_images=12, max_objects=6, max_found=0, levels=1, flags=0)
+    only = np.zeros(12, dtype=np.int64)
     for i in np.flatnonzero(data.boxes_per_image()):
         found = [
             Detections(
@@ -128,10 +128,10 @@ def test_draws_of_a_seed_do_not_depend_on_the_model(make: Make) -> None:
                 labels=data.labels[data.offsets[j] : data.offsets[j + 1]] if j == i else only[:0],
                 scores=np.ones(data.boxes_per_image()[j] if j == i else 0),
             )
-            for j in range(6)
+            for j in range(12)
         ]
         rng = np.random.default_rng(7)
-        drawn = [bool(np.any(rng.integers(0, 6, 6) == i)) for _ in range(30)]
+        drawn = [bool(np.any(rng.integers(0, 12, 12) == i)) for _ in range(30)]
         replicates = score(data, found).replicates(number=30, seed=7)
         assert [value > 0 for value in replicates.tolist()] == drawn
 
@@ -148,7 +148,7 @@ def test_paired_differences_spread_less(make: Make) -> None:
 
 
 def test_only_numbers_with_replicates_have_intervals(make: Make) -> None:
-    scores = score(*make(3, num_images=4, max_objects=6, max_found=12, levels=100))
+    scores = score(*make(3, num_images=12, max_objects=6, max_found=12, levels=100))
     with pytest.raises(InvalidValue, match="APs"):
         scores.interval("APs")
     found = scores.interval("AP50", replicates=200, level=0.9)

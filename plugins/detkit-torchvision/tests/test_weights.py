@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from torchvision.models import detection, mobilenet_v3_large, resnet50
+from torchvision.models.vgg import cfgs, make_layers
 
 import detkit
 from detkit.data import Dataset
 from detkit.errors import InvalidValue, RunFailed, UnknownName, UsageError, WeightsMissing
 from detkit.job import Job, Workspace
-from detkit_torchvision.models import build, coco_weights
-from detkit_torchvision.params import COCO_FILES, suggest, weights_cache
+from detkit_torchvision.copying import coco_weights
+from detkit_torchvision.models import build
+from detkit_torchvision.params import COCO_FILES, MODELS, suggest, weights_cache
 from detkit_torchvision.weights import IMAGENET, initialise, read_state_dict
 
 MODEL = "ssdlite320_mobilenet_v3_large"
@@ -47,14 +49,22 @@ def test_coco_weights_from_the_cache(tiny: Dataset, tmp_path: Path) -> None:
     assert path.is_file()
 
 
-@pytest.mark.parametrize("model", ["fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_resnet50_fpn_v2"])
+def classifier(model: str) -> dict[str, torch.Tensor]:
+    """Return the state dict of the classifier behind a detector; of VGG only the part that counts, as it is large."""
+    if "vgg16" in model:
+        layers = make_layers(cfgs["D"]).state_dict()
+        return {f"features.{name}": value for name, value in layers.items()} | {"classifier.0.bias": torch.zeros(9)}
+    return (mobilenet_v3_large if "mobilenet" in model else resnet50)(weights=None).state_dict()
+
+
+@pytest.mark.parametrize("model", sorted(IMAGENET))
 def test_imagenet_weights_fill_the_backbone(model: str, tmp_path: Path) -> None:
     torch.manual_seed(6)
-    theirs = (mobilenet_v3_large if "mobilenet" in model else resnet50)(weights=None).state_dict()
+    theirs = classifier(model)
     path = weights_cache() / IMAGENET[model].url.rpartition("/")[2]
     path.parent.mkdir(parents=True)
     torch.save(theirs, path)
-    network = build(model, 2, image_size=64)
+    network = build(model, 2, image_size=300 if "300" in model else 64)
     job = Job(
         backend="torchvision",
         engine="",
@@ -65,8 +75,11 @@ def test_imagenet_weights_fill_the_backbone(model: str, tmp_path: Path) -> None:
     )
     origin = initialise(network, job, Workspace(tmp_path / "run"))
     assert (origin.source, origin.new) == ("imagenet", ["a", "b"])
-    first = next(iter(network.backbone.body.state_dict()))
-    assert torch.equal(network.backbone.body.state_dict()[first], next(iter(theirs.values())))
+    assert "imagenet" in MODELS[model].weights
+    convolutions = [value for name, value in network.backbone.state_dict().items() if value.ndim == 4]
+    expected = [value for value in theirs.values() if value.ndim == 4]
+    assert len(expected) > 12
+    assert all(torch.equal(ours, value) for ours, value in zip(convolutions, expected, strict=False))
 
 
 def test_auto_never_fetches(tiny: Dataset) -> None:

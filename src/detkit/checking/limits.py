@@ -21,7 +21,9 @@ COCO_MAX_DETECTIONS = 100
 _FIRST_IDS = {"id": (0, 1), "class_id": (0,), "category_id": (0,)}
 """How formats call the id of a class, and where their ids may begin: COCO's, SageMaker's, JumpStart's."""
 _MANIFESTS = (".manifest", ".jsonl")
-_LEAST_OUTSIDE, _LEAST_BOXES = 0.25, 4
+_LEAST_OUTSIDE, _LEAST_FITTING, _LEAST_BOXES = 0.25, 0.8, 4
+_SHRUNK = 1.5
+"""Boxes that reach no further than this many widths or heights may also be those of images made smaller later."""
 _TOLERANCE_PX = 1.0
 
 
@@ -101,8 +103,9 @@ def _ids_told(data: Dataset) -> str:
 def check_corners(data: Dataset) -> Iterator[Finding]:
     """Yield an error where boxes are corners and were read as left, top, width, height.
 
-    Then many hang far out of their images, and every one lies in its image if its width and height are taken for the
-    right and lower edge.
+    Then many hang far out of their images, and nearly all lie in their images if widths and heights are taken for the
+    right and lower edges; some may be wrong in another way. It is a warning where none hangs out far, as large boxes of
+    images that were made smaller do the same.
     """
     if len(data.boxes) < _LEAST_BOXES:
         return
@@ -112,16 +115,20 @@ def check_corners(data: Dataset) -> Iterator[Finding]:
     with np.errstate(invalid="ignore"):
         sides = high - low
     outside = (high > sizes + _TOLERANCE_PX).any(axis=1)
-    if outside.mean() < _LEAST_OUTSIDE or not ((sides > low) & (sides <= sizes + _TOLERANCE_PX)).all():
+    fitting = ((sides > low) & (sides <= sizes + _TOLERANCE_PX)).all(axis=1)
+    if outside.mean() < _LEAST_OUTSIDE or fitting.mean() < _LEAST_FITTING or not (outside & fitting).any():
         return
-    row = int(np.flatnonzero(outside)[0])
+    row = int(np.flatnonzero(outside & fitting)[0])
+    shrunk = bool((high <= _SHRUNK * sizes).all())
+    unless = "unless the images were made smaller after they were annotated, " if shrunk else ""
     image = int(owner[row])
     x, y, w, h = (f"{value:g}" for value in (*low[row], *sides[row]))
     yield Finding(
         code="sizes-are-corners",
-        severity="error",
-        message=f"{int(outside.sum())} of {len(data.boxes)} boxes lie outside of their images, and all fit if their "
-        f"widths and heights are right and lower edges. this one, left {x}, top {y}, width {w}, height {h}, probably "
+        severity="warning" if shrunk else "error",
+        message=f"{int(outside.sum())} of {len(data.boxes)} boxes lie outside of their images, and "
+        f"{'all' if fitting.all() else int(fitting.sum())} fit if their widths and heights are right and lower edges. "
+        f"{unless}this one, left {x}, top {y}, width {w}, height {h}, probably "
         f"goes from {x}, {y} to {w}, {h}; write its width {sides[row, 0] - low[row, 0]:g} and height "
         f"{sides[row, 1] - low[row, 1]:g}, and so for all",
         file=data.sources[image] or data.paths[image],

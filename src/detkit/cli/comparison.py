@@ -88,10 +88,12 @@ def _sort(words: Sequence[str]) -> tuple[dict[str, str], str | None]:
     from detkit.errors import UsageError
 
     data = None
-    if words and not _is_entrant(_labelled(words[-1])[1]):
+    if words and _is_data(words[-1]):
         *words, data = words
     if not words:
-        raise UsageError(f"{data} is no run, model or file of predictions; write `detkit compare RUN RUN DATA:test`")
+        raise UsageError(
+            f"{data} is a data set; name runs, models or predictions, too: `detkit compare RUN RUN {data}`"
+        )
     labelled = [_labelled(word) for word in words]
     named = name_entrants([place for _, place in labelled])
     names = [label or name for (label, _), name in zip(labelled, named, strict=True)]
@@ -102,29 +104,43 @@ def _sort(words: Sequence[str]) -> tuple[dict[str, str], str | None]:
 
 def _labelled(word: str) -> tuple[str, str]:
     label, equals, place = word.partition("=")
-    return (label, place) if equals and label and not Path(word).exists() else ("", word)
+    return (label, place) if equals and label and not Path(word).exists() and not _is_model(word) else ("", word)
 
 
-def _is_entrant(place: str) -> bool:
+def _is_data(word: str) -> bool:
+    """Say whether the last word is a data set. Raises `UsageError` where it could be a run of that name, too."""
     from detkit.errors import UsageError
-    from detkit.evaluation import is_prediction_file
-    from detkit.predictor import find_model
+    from detkit.io import recognise
+    from detkit.predictions import looks_like_predictions
+    from detkit.remote import is_remote
 
-    try:
-        if is_prediction_file(place):
-            return not _is_dataset(place)
-        find_model(place)
-    except UsageError:
+    place = _labelled(word)[1]
+    here = Path(place)
+    if here.is_file() and looks_like_predictions(here):
         return False
+    if _is_model(place):
+        own = any((here / name).is_file() for name in ("run.json", "detkit.json"))
+        if here.exists() and not own:
+            raise UsageError(
+                f"{place} is a folder here and a run; write ./{place} for the data, runs/{place} for the run"
+            )
+        return False
+    if is_remote(place) or here.is_dir():
+        return True
+    try:
+        recognise(place)
+    except UsageError:
+        # What is neither is refused in the words for runs, with those that there are.
+        return not here.exists() and Path(place.rpartition(":")[0] or place).exists()
     return True
 
 
-def _is_dataset(file: str) -> bool:
+def _is_model(place: str) -> bool:
     from detkit.errors import UsageError
-    from detkit.io import recognise
+    from detkit.predictor import find_model
 
     try:
-        recognise(file)
+        find_model(place)
     except UsageError:
         return False
     return True

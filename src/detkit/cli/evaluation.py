@@ -60,6 +60,7 @@ def evaluate(
     from detkit.errors import UsageError
     from detkit.evaluation import evaluate
     from detkit.io import read_dataset
+    from detkit.scores.certainty import FEWEST_IMAGES
 
     thresholds = dict(_threshold(text) for text in fail_under or [])
     for name in thresholds:
@@ -80,7 +81,9 @@ def evaluate(
     interval = scores.interval()
     if not as_json:
         print(scores)
-        if not math.isnan(interval.low):
+        if len(scores.data) < FEWEST_IMAGES:
+            print(f"{len(scores.data)} image(s) are too few to tell how sure AP is; {FEWEST_IMAGES} or more are needed")
+        elif not math.isnan(interval.low):
             print(f"AP {interval}: the {interval.level:.0%} interval, from {interval.replicates} draws of the images")
     for text in scores.warnings:
         messages.tell(f"warning: {text}")

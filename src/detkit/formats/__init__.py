@@ -57,6 +57,7 @@ class Format:
         lost = {
             "file names": 0 if "image_ids" in carried else len(data),
             "classes without boxes": 0 if "classes" in carried else list(data.boxes_per_class().values()).count(0),
+            "class order": 0 if "classes" in carried else _moved(data),
             "difficult": 0 if "difficult" in carried else int(data.difficult.sum()),
             "crowd": 0 if "crowd" in carried else int(data.crowd.sum()),
             "area": 0 if "area" in carried else int((~np.isclose(data.area, area(data.boxes), rtol=1e-9)).sum()),
@@ -73,10 +74,17 @@ class Format:
         for extra in data.class_extra or () if "class_extra" not in carried else ():
             keys.update(extra.keys())
         for extra in data.file_extra.values() if "file_extra" not in carried else ():
-            keys.update(extra.keys())
+            keys.update("order of categories" if key == "categories" else key for key in extra)
         numbers = 0 if "box_ids" in carried or data.box_ids is None else len(data.box_ids)
         keys["ids"] = numbers + sum(keys.pop(key, 0) for key in ID_KEYS)
         return {name: count for name, count in {**lost, **keys}.items() if count}
+
+
+def _moved(data: Dataset) -> int:
+    """Return how many classes with boxes have another place among them once their names are sorted, as they are read
+    where no file lists them."""
+    names = [name for name, count in data.boxes_per_class().items() if count]
+    return sum(name != other for name, other in zip(names, sorted(names), strict=True))
 
 
 def _distinct(column: Sequence[Extra]) -> list[tuple[Extra, int]]:

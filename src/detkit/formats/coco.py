@@ -1,7 +1,8 @@
 """COCO detection JSON: one file, or one for each split.
 
-Ids of any kind are read (from 0, from 1, with gaps, strings), and kept for writing as everything else that means
-nothing here: unknown keys of images, annotations, categories and of the file. Without any, ids are 1..n. ``area`` is
+Ids of any kind are read (from 0, from 1, with gaps, strings), and kept for writing, also of a part of the data, as
+everything else that means nothing here: unknown keys of images, annotations, categories and of the file. Data without
+ids gets 1..n. ``area`` is
 the object's, so that of its mask where there is one. A VOC "difficult" flag travels as ``"difficult": 1``.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import mmap
 import re
 import warnings
+from itertools import count as count_from
 from itertools import repeat
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +29,7 @@ from detkit.formats.cocojson import CATEGORY_ORDER, CocoFile
 from detkit.formats.findings import Finding
 from detkit.formats.imagefiles import folder_of, given_folder, place_images, require_finite
 from detkit.formats.splits import SPLIT_FOLDERS, join, parts, split_names
+from detkit.numbering import spelled_out
 from detkit.params import Options
 
 if TYPE_CHECKING:
@@ -94,19 +97,57 @@ def read(path: Path, options: CocoOptions) -> Dataset:
 def to_coco(data: Dataset) -> dict[str, Any]:
     """Return COCO's JSON object, in the order and with the ids of the file that the data comes from.
 
-    Ids are 1..n where none are known, or not each its own any more. Annotations without such an order stand image by
-    image, in class order the categories. Raises `InvalidData` where a box is not finite.
+    Ids are 1..n where none are known, or not each its own any more; those of categories also where they do not rise
+    with the classes, as their order is that of the classes for all who read numbers. Annotations without an order of
+    the file stand image by image, in class order the categories. Raises `InvalidData` where a box is not finite.
     """
     return _content(data)[0]
+
+
+def written_ids(data: Dataset) -> tuple[list[int | str], dict[str, int | str]]:
+    """Return the ids that `write` gives: of each image in order, and of each class by its name.
+
+    An image in several splits has that of the first. Two images of different splits may have the same.
+    """
+    image_ids: list[Any] = _image_ids(_in_one_file(data), [])
+    for name in reversed(list(data.split_indices)):
+        for i, image_id in zip(data.split_indices[name].tolist(), _image_ids(data.splits[name], []), strict=True):
+            image_ids[i] = image_id
+    if data.split_indices:
+        rest = np.setdiff1d(np.arange(len(data)), np.concatenate(list(data.split_indices.values())))
+        for i, image_id in zip(rest.tolist(), _image_ids(data.take(rest), []), strict=True):
+            image_ids[i] = image_id
+    return image_ids, dict(zip(data.classes, _category_ids(data, []), strict=True))
+
+
+def _in_one_file(data: Dataset) -> Dataset:
+    """Return the data with the ids of boxes kept, and of images that do not follow from the order of one file."""
+    return spelled_out(data, images=len(set(data.sources)) > 1, classes=False)
+
+
+def _image_ids(data: Dataset, lost: list[str]) -> list[Any]:
+    return _ids([extra.get("id") for extra in data.extra] if data.extra else [], len(data), "images", lost)
+
+
+def _category_ids(data: Dataset, lost: list[str]) -> list[Any]:
+    ids = _ids([extra.get("id") for extra in data.class_extra or ()], len(data.classes), "categories", lost)
+    if _are_numbers(ids) and ids != sorted(ids):
+        lost.append(f"the ids of categories, which do not rise with the classes; they are 1 to {len(ids)} now")
+        return list(range(1, len(ids) + 1))
+    return ids
+
+
+def _are_numbers(ids: Sequence[Any]) -> bool:
+    return all(isinstance(i, int) for i in ids)
 
 
 def _content(data: Dataset) -> tuple[dict[str, Any], list[str]]:
     """Return COCO's JSON object, and what of the data it does not hold."""
     require_finite(data)
+    data = _in_one_file(data)
     lost: list[str] = []
-    content = _of_files(data, lost)
-    order: list[str] = content.pop(CATEGORY_ORDER, [])
-    image_ids = _ids([extra.get("id") for extra in data.extra] if data.extra else [], len(data), "images", lost)
+    content, order = _of_files(data, lost)
+    image_ids = _image_ids(data, lost)
     content["images"] = [
         {**extra, "id": i, "file_name": name, "width": width, "height": height}
         for extra, i, name, (width, height) in zip(
@@ -118,24 +159,27 @@ def _content(data: Dataset) -> tuple[dict[str, Any], list[str]]:
         )
     ]
     of_classes = data.class_extra or (_NO_EXTRA,) * len(data.classes)
-    category_ids = _ids([extra.get("id") for extra in of_classes], len(of_classes), "categories", lost)
+    category_ids = _category_ids(data, lost)
     content["annotations"] = _annotations(data, image_ids, category_ids, lost)
     categories = [
         {**extra, "id": i, "name": name} for extra, i, name in zip(of_classes, category_ids, data.classes, strict=True)
     ]
-    position = {name: i for i, name in enumerate(order)}
-    content["categories"] = sorted(categories, key=lambda category: position.get(category["name"], len(order)))
+    # Of categories with text as ids, the order is that of the classes.
+    position = {name: i for i, name in enumerate(order)} if _are_numbers(category_ids) else {}
+    content["categories"] = sorted(categories, key=lambda category: position.get(category["name"], len(position)))
     return content, lost
 
 
-def _of_files(data: Dataset, lost: list[str]) -> dict[str, Any]:
-    """Return what the files say beside their tables; of two that contradict one another, the first counts."""
+def _of_files(data: Dataset, lost: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return what the files say beside their tables, and the order of their categories; of two that contradict one
+    another, the first counts."""
     found: dict[str, Any] = {}
     for source, extra in data.file_extra.items():
         for key, value in extra.items():
-            if key not in _TABLES and found.setdefault(key, value) != value:
-                lost.append(f"{key!r} of {source}, which another file contradicts")
-    return found
+            if (key not in _TABLES or key == CATEGORY_ORDER) and found.setdefault(key, value) != value:
+                what = "the order of categories" if key == CATEGORY_ORDER else repr(key)
+                lost.append(f"{what} of {source}, which another file contradicts")
+    return found, found.pop(CATEGORY_ORDER, [])
 
 
 def _annotations(data: Dataset, image_ids: list[Any], category_ids: list[Any], lost: list[str]) -> list[dict[str, Any]]:
@@ -145,10 +189,10 @@ def _annotations(data: Dataset, image_ids: list[Any], category_ids: list[Any], l
     def arrange(column: Sequence[Any]) -> Iterator[Any]:
         return iter(column if isinstance(rows, slice) else map(column.__getitem__, rows.tolist()))
 
-    if data.box_ids is not None:
-        kept = data.box_ids[rows].tolist()
-    else:
-        kept = [extra.get("id") for extra in arrange(data.box_extra)] if data.box_extra else []
+    kept: list[Any] = [] if data.box_ids is None else data.box_ids[rows].tolist()
+    if data.box_extra is not None:
+        numbers = kept or repeat(None, len(owner))
+        kept = [extra.get("id", i) for extra, i in zip(arrange(data.box_extra), numbers, strict=True)]
     annotations: list[dict[str, Any]] = [
         {**extra, "id": i, "image_id": image, "category_id": label, "bbox": bbox, "area": area, "iscrowd": crowd}
         for extra, i, image, label, bbox, area, crowd in zip(
@@ -180,13 +224,14 @@ def _file_order(data: Dataset) -> Indices | slice:
 
 
 def _ids(kept: Sequence[Any], count: int, table: str, lost: list[str]) -> list[Any]:
-    """Return the ids that are kept, with the record's position for one without; 1..n where not all differ."""
+    """Return the ids that are kept, with the next ones for records without; 1..n where not all differ."""
     known = [i if isinstance(i, (int, str)) else None for i in kept]
-    if known.count(None) == len(known):
+    given = [i for i in known if i is not None]
+    if not given:
         return list(range(1, count + 1))
-    filled = [position if i is None else i for position, i in enumerate(known, start=1)]
-    if len(set(filled)) == count:
-        return filled
+    if len(set(given)) == len(given):
+        following = count_from(max((i for i in given if isinstance(i, int)), default=0) + 1)
+        return known if len(given) == count else [next(following) if i is None else i for i in known]
     lost.append(f"the ids of {table}, some of which are there twice; they are 1 to {count} now")
     return list(range(1, count + 1))
 
@@ -210,14 +255,20 @@ def _xywh(boxes: Boxes) -> Boxes:
 def write(data: Dataset, folder: Path, _options: Options) -> None:
     """Write ``images/`` and ``annotations.json``, or ``annotations/<split>.json`` where the data came split.
 
-    Warns of ids and keys of files that cannot be kept, as two files were put together that contradict one another.
+    Warns of ids and keys of files that cannot be kept: two files were put together that contradict one another, classes
+    have another order than their ids, or a file has no image that is written.
     """
     encoded: dict[str, bytes] = {}
     lost: list[str] = []
-    for split, part in parts(data).items():
+    files = parts(data)
+    named = {source for part in files.values() for source in part.file_extra}
+    for split, part in files.items():
         content, of_part = _content(part)
         encoded[f"annotations/{split}.json" if split else "annotations.json"] = msgspec.json.encode(content)
         lost += of_part
+    for source in data.file_extra:
+        if source not in named:
+            lost.append(f"what {source} says beside images and boxes, as none of the images are told as its own")
     if lost:
         warnings.warn(f"coco: left behind: {'; '.join(dict.fromkeys(lost))}", DetkitWarning, stacklevel=3)
     place_images(data, folder / "images")

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from detkit.data import Extra, Flags, Indices
 
 
-CATEGORY_ORDER = "order of categories"
-"""Key of `Dataset.file_extra` with the names of the categories as the file lists them, where the ids do not rise."""
+CATEGORY_ORDER = "categories"
+"""Key of `Dataset.file_extra` with the names of the categories as the file lists them, where the ids do not rise. No
+key of the file itself is called so, as that is the table."""
 
 _NO_EXTRA: Extra = {}
 _NO_TABLE = msgspec.Raw(b"[]")
@@ -134,6 +135,7 @@ class CocoFile:
             class_extra=self._class_extra if any(self._class_extra) else None,
             file_extra={str(self.path): self._extra} if self._extra else {},
             box_ids=box_ids,
+            numbered=True,
         )
         return data if usable.all() else data.take(np.flatnonzero(usable))
 

@@ -137,10 +137,12 @@ class ResultsFile:
         """Yield the records in pieces."""
         for piece in self._pieces():
             sound = np.ones(len(piece.scores), dtype=bool)
-            fine = (piece.boxes[:, 2:] >= piece.boxes[:, :2]).all(axis=1) & np.isfinite(piece.boxes).all(axis=1)
+            with np.errstate(over="ignore", invalid="ignore"):
+                sides = piece.boxes[:, 2:] - piece.boxes[:, :2]
+            fine = (sides >= 0).all(axis=1) & np.isfinite(sides).all(axis=1)
             for row in np.flatnonzero(~fine).tolist():
                 box = [round(value, 3) for value in piece.boxes[row].tolist()]
-                why = "has a negative width or height" if np.isfinite(box).all() else "is beyond all numbers"
+                why = "has a negative width or height" if (sides[row] < 0).any() else "is beyond all numbers"
                 piece.error(row, "bad-box", f"the box from {box[:2]} to {box[2:]} {why}", piece.box_key)
                 sound[row] = False
             for row in np.flatnonzero((piece.scores < 0) | (piece.scores > 1)).tolist():
@@ -201,8 +203,10 @@ class ResultsFile:
             table = tables["annotations"]
             if isinstance(table, list):
                 yield from self._look_through(table, "annotations", 0)
-            else:
+            elif isinstance(table, msgspec.Raw):
                 yield from self._list(memoryview(table), "annotations")
+            else:
+                self._reject(f"'annotations' that is {shown(table)}")
         else:
             self._reject(f"an object with {', '.join(map(repr, list(tables)[:5])) or 'nothing in it'}")
 

@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 
 UNKNOWN = "\N{EN DASH}"
 """What stands where nothing was measured or nothing is known."""
-COLOURS = 8
-"""Colours and dashes of entries in the page's style; from the ninth entry on they come again."""
+COLOURS, DASHES = 8, 7
+"""Colours and dashes of entries in the page's style; a pair of both comes again after 56 entries only."""
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 440, 300, 44, 10, 428, 256
 _EDGE = 0.05
+
+
+def line_class(at: int) -> str:
+    """Return the colour and the dash of an entry's line."""
+    return f"e{at % COLOURS} d{at % DASHES}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -141,9 +146,8 @@ def curves(lines: Sequence[Curve], x_name: str, y_name: str) -> str:
     side = (_TOP + _BOTTOM) / 2
     out.append(f'<text class="name" transform="translate(12 {side}) rotate(-90)" text-anchor="middle">{y_name}</text>')
     for line in lines:
-        kind = f"e{line.number % COLOURS}"
         name = f"<title>{text(line.name)}</title>"
-        out.append(f'<path class="curve {kind} d{line.number % COLOURS}" d="{_path(line.x, line.y)}">{name}</path>')
+        out.append(f'<path class="curve {line_class(line.number)}" d="{_path(line.x, line.y)}">{name}</path>')
     for line in lines:
         if line.mark is not None:
             x, y = _x(line.mark[0]), _y(line.mark[1])

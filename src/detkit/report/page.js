@@ -11,6 +11,19 @@
 
   const score = at("score"), best = at("best"), ofClass = at("class"), size = at("size"), readout = at("readout");
   if (!score) return;
+  const addList = (tile) => {
+    const list = document.createElement("details");
+    list.className = "boxes";
+    list.append(document.createElement("summary"), Object.assign(document.createElement("ol"), { tabIndex: 0 }));
+    list.addEventListener("toggle", () => show());
+    tile.append(list);
+    return list;
+  };
+  const told = (one) => {
+    if (one.box) return one.box.textContent;
+    const score = Number.isNaN(one.score) || one.kind === "missed" ? "" : ` ${one.score.toFixed(3)}`;
+    return `${ofClass.querySelector(`[value="${one.ofClass}"]`).textContent}${score}, ${one.kind}, not drawn`;
+  };
   const scenes = all(".scene").map((element) => ({
     element,
     tiles: all(".tile", element).map((tile) => ({
@@ -19,13 +32,20 @@
       picture: tile.querySelector(".picture"),
       from: tile.querySelector(".from"),
       counts: new Map(["right", "false", "missed"].map((kind) => [kind, tile.querySelector(`.said.${kind} b`)])),
+      more: tile.querySelector(".more"),
+      list: addList(tile),
       boxes: all(".box", tile).map((box, n) => ({
         box,
         name: tile.querySelector(".names").children[n],
         kind: box.classList[1],
         ofClass: box.dataset.c,
         score: Number(box.dataset.s),
-      })),
+      })).reverse(),
+      // What is not drawn is counted all the same.
+      rest: (tile.dataset.rest || "").split(";").filter(Boolean).flatMap((group) => {
+        const [kind, ofClass, ...scores] = group.split(" ");
+        return scores.map((one) => ({ kind, ofClass, score: Number(one) }));
+      }),
     })),
   }));
 
@@ -37,16 +57,25 @@
       for (const tile of scene.tiles) {
         const from = best.checked ? tile.best : common;
         const counts = { right: 0, false: 0, missed: 0, truth: 0, ignored: 0 };
-        let visible = 0;
-        for (const one of tile.boxes) {
+        const shown = [];
+        let drawn = 0;
+        for (const one of [...tile.boxes, ...tile.rest]) {
           const present = Number.isNaN(one.score) || (one.kind === "missed" ? one.score < from : one.score >= from);
-          const shown = present && (ofClass.value === "" || one.ofClass === ofClass.value);
-          one.box.toggleAttribute("hidden", !shown);
-          one.name.toggleAttribute("hidden", !shown);
-          if (shown) { visible += 1; counts[one.kind] += 1; }
+          const visible = present && (ofClass.value === "" || one.ofClass === ofClass.value);
+          if (one.box) {
+            one.box.toggleAttribute("hidden", !visible);
+            one.name.toggleAttribute("hidden", !visible);
+          }
+          if (visible) { shown.push(one); counts[one.kind] += 1; drawn += one.box ? 1 : 0; }
         }
-        total += visible;
-        tile.picture.classList.toggle("crowded", visible > 12);
+        total += shown.length;
+        tile.picture.classList.toggle("crowded", drawn > 12);
+        tile.list.hidden = shown.length <= 12;
+        tile.list.firstChild.textContent = `list of ${shown.length} boxes`;
+        if (tile.list.open) tile.list.lastChild.replaceChildren(...shown.map((one) => (
+          Object.assign(document.createElement("li"), { textContent: told(one) })
+        )));
+        if (tile.more) tile.more.textContent = shown.length > drawn ? `${shown.length - drawn} more not drawn` : "";
         if (tile.found) {
           tile.from.textContent = `from ${from.toFixed(2)}`;
           for (const [kind, element] of tile.counts) element.textContent = counts[kind];

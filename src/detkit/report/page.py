@@ -17,7 +17,7 @@ import detkit
 from detkit.files import atomic_write
 from detkit.pages import text
 from detkit.report import tables
-from detkit.report.charts import COLOURS, Curve, curves, number
+from detkit.report.charts import Curve, curves, line_class, number
 from detkit.report.pictures import Gallery
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _curves(comparison: Comparison) -> Iterator[str]:
     names = tables.frequent(comparison.entries[0].scores)
     yield '<p class="legend">'
     for at in range(len(comparison)):
-        line = f'<line class="curve e{at % COLOURS} d{at % COLOURS}" x1="0" x2="32" y1="6" y2="6"/>'
+        line = f'<line class="curve {line_class(at)}" x1="0" x2="32" y1="6" y2="6"/>'
         sample = f'<svg width="32" height="12" aria-hidden="true">{line}</svg>'
         yield f"<span>{sample} {tables.label(comparison, at)}</span>"
     yield '</p><p class="controls" hidden><label>Class <select id="curve"><option value="">mean of all classes</option>'
@@ -211,8 +211,9 @@ def _pictures(comparison: Comparison, gallery: Gallery) -> Iterator[str]:
         "ignored": "not counted (crowd, difficult)",
     }.items():
         shape = 'x="3" y="3" width="24" height="12"'
-        boxes = f'<rect class="rim" {shape}/><rect class="line" {shape}/>'
-        sample = f'<svg class="key box {kind}" width="30" height="18" aria-hidden="true">{boxes}</svg>'
+        box = f'<rect class="box {kind}" {shape}/>'
+        boxes = f'<g class="rims">{box}</g>{box}'
+        sample = f'<svg class="key" width="30" height="18" aria-hidden="true">{boxes}</svg>'
         yield f"<span>{sample}{meaning}</span>"
     yield "</p>"
     if gallery.samples:
@@ -226,7 +227,7 @@ def _pictures(comparison: Comparison, gallery: Gallery) -> Iterator[str]:
         how = "on which the numbers of mistakes lie furthest apart" if several else "with most mistakes"
         yield (
             f'<p class="faint">Images {how}: false detections and missed objects at each model\'s best threshold. No '
-            "name is written where there are many boxes; point at one.</p>"
+            "name is written where there are many boxes: point at one, or open the list below.</p>"
         )
         for image in gallery.disagreements:
             mistakes = [int(one.mistakes[image]) for one in gallery.judged]
@@ -258,7 +259,7 @@ def _protocol(comparison: Comparison, command: str) -> Iterator[str]:
         "engine": protocol.engine,
         "made by": f"detkit {detkit.__version__}",
     }
-    yield '<div class="scroll"><table class="facts"><tbody>'
+    yield f'{tables.scrolling("Protocol")}<table class="facts"><tbody>'
     yield from (f'<tr><th scope="row">{name}</th><td>{text(value)}</td></tr>' for name, value in said.items())
     yield "</tbody></table></div>"
     yield "<h3>All numbers</h3>"
@@ -266,4 +267,4 @@ def _protocol(comparison: Comparison, command: str) -> Iterator[str]:
     yield "<h3>How each came to be</h3>"
     yield from tables.facts(comparison, [one["facts"] for one in comparison.to_dict()["entries"]])
     if command:
-        yield f"<h3>Make it again</h3><pre>{text(command)}</pre>"
+        yield f'<h3>Make it again</h3><pre tabindex="0">{text(command)}</pre>'

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,8 @@ LOWEST_SCORE = 0.05
 
 _SIDE = 480
 """Length of a drawing's longer side, in its own units."""
-_MOST_BOXES = 100
-"""Detections drawn on one image; all from the best threshold on are, whatever their number."""
+_MOST_BOXES, _MOST_IN_SCENE, _FEWEST_BOXES = 300, 720, 25
+"""Boxes drawn on one image, and on one image for all entries together, but so many for each; the others are counted."""
 _CROWDED = 12
 """Boxes on one image from which on their names would hide it; the page's script has the same number."""
 _FONT, _LINE, _LETTER = 19.0, 23.0, 11.5
@@ -49,6 +50,7 @@ class _Mark:
     box: Floats
     kind: str
     label: int
+    """Of the class."""
     name: str
     title: str
     """Shown under the pointer."""
@@ -72,6 +74,8 @@ class Gallery:
         lowest = min([LOWEST_SCORE, *(one.threshold for one in self.judged)])
         self.lowest = float(np.floor(100 * lowest) / 100)
         """Score from which on detections are drawn."""
+        self._most = min(_MOST_BOXES, max(_FEWEST_BOXES, _MOST_IN_SCENE // len(comparison)))
+        self._pictures = 0
         self._frames: dict[int, _Frame] = {}
         chosen = list(dict.fromkeys([*(i for i, _ in self.samples), *self.disagreements]))
         parts = [self._embed(i, longest_side) for i in track(chosen, "pictures", total=len(chosen))]
@@ -110,54 +114,95 @@ class Gallery:
     def _objects(self, image: int) -> range:
         return range(int(self._data.offsets[image]), int(self._data.offsets[image + 1]))
 
+    def _tile(self, image: int, at: int | None, marks: Sequence[_Mark], said: str) -> str:
+        """Return the image with boxes and what is said of them, of an entry or, where None, of the ground truth."""
+        self._pictures += 1
+        drawing, rest = _Drawing(self._frames[image], f"b{self._pictures}"), []
+        chosen = _chosen(marks, _MOST_BOXES if at is None else self._most)
+        for place, mark in enumerate(marks):
+            if place in chosen:
+                drawing.add(mark)
+            else:
+                rest.append(mark)
+        name, attributes, more = "ground truth", 'class="tile"', ""
+        if at is not None:
+            name = self._comparison.entries[at].name
+            attributes = f'class="tile found" data-best="{float(self.judged[at].threshold)!r}"'
+        if rest:
+            hidden = sum(mark.visible for mark in rest)
+            attributes += f' data-rest="{_listed(rest, 1.0 if at is None else self.judged[at].threshold)}"'
+            more = f' <span class="more">{f"{hidden} more not drawn" if hidden else ""}</span>'
+        return f"<div {attributes}>{drawing.svg(image, name)}<p>{said}{more}</p></div>"
+
     def _truth(self, image: int) -> str:
-        data, drawing = self._data, _Drawing(self._frames[image])
-        count = 0
+        data, marks = self._data, []
         for row in self._objects(image):
             name = data.classes[data.labels[row]]
             why = "crowd" if data.crowd[row] else "difficult" if data.difficult[row] else ""
-            count += not why
             title = f"{name} ({why})" if why else name
-            drawing.add(_Mark(data.boxes[row], IGNORED if why else "truth", int(data.labels[row]), title, title))
-        said = f'<span class="said"><b>{count}</b> object{"" if count == 1 else "s"}</span>'
-        return f'<div class="tile">{drawing.svg(image, "ground truth")}<p><b>ground truth</b><br>{said}</p></div>'
+            marks.append(_Mark(data.boxes[row], IGNORED if why else "truth", int(data.labels[row]), title, title))
+        count = sum(mark.kind != IGNORED for mark in marks)
+        said = f'<b>ground truth</b><br><span class="said"><b>{count}</b> object{"" if count == 1 else "s"}</span>'
+        return self._tile(image, None, marks, said)
 
     def _found(self, image: int, at: int) -> str:
-        judged, drawing = self.judged[at], _Drawing(self._frames[image])
-        counts = dict.fromkeys((RIGHT, FALSE, MISSED, IGNORED), 0)
-        for mark in (*self._detections(image, judged), *self._missed(image, judged)):
-            drawing.add(mark)
-            counts[mark.kind] += mark.visible
-        del counts[IGNORED]
-        said = " ".join(f'<span class="said {kind}"><b>{count}</b> {kind}</span>' for kind, count in counts.items())
-        return (
-            f'<div class="tile found" data-best="{judged.threshold:.6f}">'
-            f"{drawing.svg(image, self._comparison.entries[at].name)}<p>{label(self._comparison, at)}<br>"
-            f'<span class="from">from {judged.threshold:.2f}</span> {said}</p></div>'
+        judged = self.judged[at]
+        marks = [*self._detections(image, judged), *self._missed(image, judged)]
+        counts = Counter(mark.kind for mark in marks if mark.visible)
+        told = " ".join(
+            f'<span class="said {kind}"><b>{counts[kind]}</b> {kind}</span>' for kind in (RIGHT, FALSE, MISSED)
         )
+        said = f'{label(self._comparison, at)}<br><span class="from">from {judged.threshold:.2f}</span> {told}'
+        return self._tile(image, at, marks, said)
 
     def _detections(self, image: int, judged: Judged) -> Iterator[_Mark]:
-        for rank, row in enumerate(judged.on(image)):
+        for row in judged.on(image):
             score, kind, of_class = float(judged.scores[row]), str(judged.kinds[row]), int(judged.labels[row])
-            if score < (self.lowest if rank < _MOST_BOXES else judged.threshold):
+            if score < self.lowest:
                 return
             name = self._data.classes[of_class]
             title, visible = f"{name} {score:.3f}, {kind}", score >= judged.threshold
             yield _Mark(judged.boxes[row], kind, of_class, f"{name} {score:.2f}", title, score, visible)
 
     def _missed(self, image: int, judged: Judged) -> Iterator[_Mark]:
-        for row in self._objects(image):
+        for row in sorted(self._objects(image), key=lambda row: float(judged.found_at[row])):
             if judged.counts[row]:
                 of_class, found_at = int(self._data.labels[row]), float(judged.found_at[row])
                 name, visible = self._data.classes[of_class], found_at < judged.threshold
                 yield _Mark(self._data.boxes[row], MISSED, of_class, name, f"{name}, missed", found_at, visible)
 
 
+def _chosen(marks: Sequence[_Mark], most: int) -> set[int]:
+    """Return the places of those to draw: visible ones first, detections and missed objects by turns, best first."""
+    turns: Counter[bool] = Counter()
+    ranks: dict[int, tuple[bool, int]] = {}
+    for at, mark in enumerate(marks):
+        missed = mark.kind == MISSED
+        turns[missed] += 1
+        if np.isfinite(mark.box).all():
+            ranks[at] = (not mark.visible, turns[missed])
+    return set(sorted(ranks, key=lambda at: ranks[at])[:most])
+
+
+def _listed(marks: Iterable[_Mark], threshold: float) -> str:
+    """Return scores by kind and class, so that the page's script counts what is not drawn: ``right 3 0.5 0.4;...``."""
+    scores = defaultdict(list)
+    for mark in marks:
+        scores[f"{mark.kind} {mark.label}"].append("-" if mark.score is None else repr(_short(mark.score, threshold)))
+    return ";".join(f"{of} {' '.join(found)}" for of, found in scores.items())
+
+
+def _short(score: float, threshold: float) -> float:
+    """Return a score with three digits unless that takes it across the threshold or a step of the page's slider."""
+    short = round(score, 3)
+    return short if all((short >= at) == (score >= at) for at in (threshold, round(score, 2))) else score
+
+
 class _Drawing:
     """Boxes on one image; names are above all of them. Who comes first is on top and has the better place."""
 
-    def __init__(self, frame: _Frame) -> None:
-        self._frame = frame
+    def __init__(self, frame: _Frame, key: str) -> None:
+        self._frame, self._key = frame, key
         self._boxes: list[str] = []
         self._names: list[str] = []
         self._taken: list[tuple[float, float, float]] = []
@@ -165,16 +210,14 @@ class _Drawing:
         self._visible = 0
 
     def add(self, mark: _Mark) -> None:
-        """Draw a box with its name."""
-        width, height = self._frame.width, self._frame.height
-        if not np.isfinite(mark.box).all():
-            return
-        x0, y0, x1, y1 = np.clip(mark.box * self._frame.scale, -10, [width + 10, height + 10] * 2).tolist()
+        """Draw a box, all of whose corners are finite, with its name."""
+        ends = np.array([self._frame.width + 10, self._frame.height + 10] * 2) / self._frame.scale
+        x0, y0, x1, y1 = (np.clip(mark.box, -10 / self._frame.scale, ends) * self._frame.scale).tolist()
         shape = f'x="{x0:.1f}" y="{y0:.1f}" width="{max(x1 - x0, 0):.1f}" height="{max(y1 - y0, 0):.1f}"'
-        when, hidden = "" if mark.score is None else f' data-s="{mark.score:.6f}"', "" if mark.visible else " hidden"
+        when, hidden = "" if mark.score is None else f' data-s="{mark.score!r}"', "" if mark.visible else " hidden"
         self._boxes.append(
-            f'<g class="box {mark.kind}" data-c="{mark.label}"{when}{hidden}><title>{text(mark.title)}</title>'
-            f'<rect class="rim" {shape}/><rect class="line" {shape}/></g>'
+            f'<rect class="box {mark.kind}" data-c="{mark.label}"{when} {shape}{hidden}>'
+            f"<title>{text(mark.title)}</title></rect>"
         )
         place = self._place(x0, y0, y1, len(mark.name) * _LETTER)
         self._names.append(f"<text {place}{hidden}>{text(mark.name)}</text>")
@@ -200,11 +243,12 @@ class _Drawing:
         )
 
     def svg(self, image: int, name: str) -> str:
-        """Return the drawing."""
+        """Return the drawing; all boxes at once are used again below themselves, wider and dark, as their rims."""
         crowded = " crowded" if self._visible > _CROWDED else ""
         size = f"{self._frame.width:.1f} {self._frame.height:.1f}"
         return (
             f'<svg class="picture{crowded}" viewBox="0 0 {size}" role="img" aria-label="{text(name)}">'
-            f'<use href="#i{image}"/>{"".join(reversed(self._boxes))}'
+            f'<use href="#i{image}"/><use class="rims" href="#{self._key}"/>'
+            f'<g id="{self._key}">{"".join(reversed(self._boxes))}</g>'
             f'<g class="names">{"".join(reversed(self._names))}</g></svg>'
         )

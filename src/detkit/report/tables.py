@@ -34,6 +34,11 @@ def label(comparison: Comparison, at: int) -> str:
     return f'<span class="entry"><i class="swatch f{at % COLOURS}"></i><span>{text(entry.name)}{seen}</span></span>'
 
 
+def scrolling(name: str) -> str:
+    """Return the start of an area that scrolls sideways where it has no room, by the arrow keys, too."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(name)}">'
+
+
 def legend(comparison: Comparison) -> str:
     """Return the names of all entries with their colours."""
     return '<p class="legend">' + " ".join(label(comparison, at) for at in range(len(comparison))) + "</p>"
@@ -47,7 +52,7 @@ def numbers(comparison: Comparison) -> Iterator[str]:
     rows = comparison.rows()
     timed = any(row["ms_per_image"] is not None for row in rows)
     best = {name: _best(comparison, name) for name in (metric, *columns)}
-    yield '<div class="scroll"><table class="numbers"><thead><tr><th>model</th>'
+    yield f'{scrolling("Numbers")}<table class="numbers"><thead><tr><th>model</th>'
     yield f'<th class="n">{metric}, 95&nbsp;% interval</th><th class="plot">{axis_head(axis)}</th>'
     yield from (f'<th class="n">{text(name)}</th>' for name in columns)
     yield '<th class="n">ms per image</th>' if timed else ""
@@ -133,7 +138,7 @@ def differences(comparison: Comparison) -> Iterator[str]:
     places = {entry.name: at for at, entry in enumerate(comparison.entries)}
     told = [_turned(one) for one in comparison.differences]
     axis = axis_over([0.0, *(end for _, _, *ends, _ in told for end in ends)])
-    yield '<div class="scroll"><table class="forest"><thead><tr><th>pair</th>'
+    yield f'{scrolling("Pairs")}<table class="forest"><thead><tr><th>pair</th>'
     yield f'<th class="n">{comparison.metric} apart, 95&nbsp;% interval</th>'
     yield f'<th class="plot">{axis_head(axis, signed=True)}</th><th class="n">p, corrected</th></tr></thead><tbody>'
     for ahead, behind, low, value, high, one in told:
@@ -171,7 +176,7 @@ def classes(comparison: Comparison) -> Iterator[str]:
     first = comparison.entries[0].scores
     names = frequent(first)
     yield legend(comparison)
-    yield '<div class="scroll"><table class="classes"><thead><tr><th>class</th><th class="n">objects</th>'
+    yield f'{scrolling("AP of each class")}<table class="classes"><thead><tr><th>class</th><th class="n">objects</th>'
     yield '<th class="plot">AP</th></tr></thead><tbody>'
     for name in names:
         rows = [entry.scores.per_class[name] for entry in comparison.entries]
@@ -207,7 +212,7 @@ def errors(comparison: Comparison) -> Iterator[str]:
     """Yield how much AP50 each kind of error costs each entry."""
     found = [entry.scores.error_types for entry in comparison.entries]
     whole = max([sum(kind.ap_cost for kind in kinds.values() if kind.ap_cost > 0) for kinds in found] + [0.01])
-    yield '<div class="scroll"><table class="errors"><thead><tr><th>model</th><th class="plot">AP50 lost</th>'
+    yield f'{scrolling("Errors")}<table class="errors"><thead><tr><th>model</th><th class="plot">AP50 lost</th>'
     for at, (name, meaning) in enumerate(_KINDS.items()):
         yield f'<th class="n"><i class="swatch k{at}"></i>{name}<small>{meaning}</small></th>'
     yield "</tr></thead><tbody>"
@@ -236,7 +241,7 @@ def confusions(comparison: Comparison) -> Iterator[str]:
         found = entry.scores.confusion
         names, matrix = _gathered(found.classes, found.matrix.astype(np.float64), kept)
         yield f"<figure><figcaption>{label(comparison, at)} from score {number(found.score_threshold)} on</figcaption>"
-        yield '<div class="scroll"><table class="matrix"><thead><tr><th></th>'
+        yield f'{scrolling(f"Confusions of {entry.name}")}<table class="matrix"><thead><tr><th></th>'
         yield from (f"<th><span>{text(name)}</span></th>" for name in [*names, "(missed)"])
         yield "</tr></thead><tbody>"
         for r, name in enumerate([*names, "(background)"]):
@@ -281,18 +286,18 @@ def all_numbers(comparison: Comparison) -> Iterator[str]:
     rows["VOC 2007 mAP, 11 points"] = [entry.scores.voc.map_07 for entry in comparison.entries]
     rows["VOC 2010 mAP, area"] = [entry.scores.voc.map_10 for entry in comparison.entries]
     cells = {name: [f'<td class="n">{number(value)}</td>' for value in values] for name, values in rows.items()}
-    yield from _side_by_side(comparison, cells)
+    yield from _side_by_side(comparison, "All numbers", cells)
 
 
 def facts(comparison: Comparison, found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield what is known of how each entry came to be; ``found`` has one mapping for each."""
     names = list(dict.fromkeys(name for one in found for name in one))
     cells = {name: [f"<td>{text(one.get(name, UNKNOWN))}</td>" for one in found] for name in names}
-    yield from _side_by_side(comparison, cells)
+    yield from _side_by_side(comparison, "How each came to be", cells)
 
 
-def _side_by_side(comparison: Comparison, cells: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    yield '<div class="scroll"><table class="facts"><thead><tr><th></th>'
+def _side_by_side(comparison: Comparison, title: str, cells: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    yield f'{scrolling(title)}<table class="facts"><thead><tr><th></th>'
     yield from (f"<th>{label(comparison, at)}</th>" for at in range(len(comparison)))
     yield "</tr></thead><tbody>"
     yield from (f'<tr><th scope="row">{text(name)}</th>{"".join(row)}</tr>' for name, row in cells.items())

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 REPLICATES = 1000
 LEVEL = 0.95
+FEWEST_IMAGES = 10
+"""Images below which no interval is told: so few say too little of how much images vary. Of two models that were equal,
+one "won" in 61 of 100 trials on 2 images, in 17 on 6, in 8 on 8 and in 7 on 15."""
 NUMBERS = ("AP", "AP50", "AP75")
 """What there are intervals for."""
 
@@ -41,7 +44,7 @@ class Interval:
 
     value: float
     low: float
-    """NaN, as `high`, where it cannot be told: fewer than two images, or nothing measured."""
+    """NaN, as `high`, where it cannot be told: fewer than `FEWEST_IMAGES` images, or nothing measured."""
     high: float
     level: float
     """Share of such intervals that hold the true value."""

@@ -143,12 +143,12 @@ def _overlapping(
             near = own[low].take(detection) < others[high].take(target)
             near &= others[low].take(target) < own[high].take(detection)
             detection, target = detection[near], target[near]
-        a, b = xyxy_to_xywh(boxes[detection]), xyxy_to_xywh(data.boxes[target])
-        sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-        intersection = sides[:, 0] * sides[:, 1]
-        area = a[:, 2] * a[:, 3]
-        union = np.where(data.crowd[target], area, area + b[:, 2] * b[:, 3] - intersection)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # a box beyond all images matches nothing
+            a, b = xyxy_to_xywh(boxes[detection]), xyxy_to_xywh(data.boxes[target])
+            sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+            intersection = sides[:, 0] * sides[:, 1]
+            area = a[:, 2] * a[:, 3]
+            union = np.where(data.crowd[target], area, area + b[:, 2] * b[:, 3] - intersection)
             overlap = intersection / union
         enough = (sides > 0).all(axis=1) & (overlap >= least)
         parts.append((detection[enough], target[enough], overlap[enough]))

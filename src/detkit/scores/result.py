@@ -18,6 +18,7 @@ from detkit.detections import Detections
 from detkit.errors import InvalidValue, UsageError
 from detkit.scores import engine
 from detkit.scores.certainty import (
+    FEWEST_IMAGES,
     LEVEL,
     NUMBERS,
     REPLICATES,
@@ -162,7 +163,7 @@ class Scores(Mapping[str, float]):
     ) -> Interval:
         """Return the bias-corrected bootstrap interval of AP, AP50 or AP75 over images drawn again.
 
-        Raises `InvalidValue` for another name.
+        Its ends are NaN where there are fewer images than `detkit.scores.certainty.FEWEST_IMAGES`. Raises `InvalidValue` for another name.
         """
         return interval(self[name], self.replicates(name, number=replicates, seed=seed), level)
 
@@ -177,7 +178,7 @@ class Scores(Mapping[str, float]):
 
     def _drawn(self, number: int, seed: int) -> Floats:
         if (number, seed) not in self._draws:
-            if len(self.data) < 2 or not self.data.classes:  # one image drawn again is the same image
+            if len(self.data) < FEWEST_IMAGES or not self.data.classes:
                 return np.full((number, len(IOU_THRESHOLDS), len(self.data.classes)), np.nan)
             self._draws[number, seed] = Resampling(self.basis.matching).replicates(number, seed)
         return self._draws[number, seed]

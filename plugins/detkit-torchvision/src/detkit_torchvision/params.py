@@ -96,7 +96,7 @@ MODELS: Mapping[str, ModelSpec] = {
     ),
     "fasterrcnn_mobilenet_v3_large_320_fpn": ModelSpec(
         params=_STOCK,
-        summary="torchvision's light Faster R-CNN at 320 pixels, COCO AP 22.8; for fine-tuning on a CPU",
+        summary="torchvision's light Faster R-CNN at 320 pixels, COCO AP 22.8; for a CPU",
         weights=_ALL_WEIGHTS,
         licence=_LICENCE,
     ),

@@ -53,7 +53,8 @@ def initialise(model: Any, job: Job, workspace: Workspace) -> WeightsOrigin:
     if wanted == "imagenet":
         path = _fetch(job.model, wanted, IMAGENET[job.model].url)
         _load_backbone(model, read_state_dict(path))
-        licence = "BSD-3-Clause (torchvision); trained on ImageNet-1K, whose own terms may apply"
+        ported = ", ported from github.com/amdegroot/ssd.pytorch" if "amdegroot" in path.name else ""
+        licence = f"BSD-3-Clause (torchvision{ported}); trained on ImageNet-1K, whose own terms may apply"
         return WeightsOrigin(source="imagenet", sha256=file_sha256(path), licence=licence, new=job.classes)
     path = Path(wanted)
     known = coco_weights(job.model)
@@ -80,7 +81,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _read_coco(model: str, path: Path) -> dict[str, Tensor]:
-    """Read torchvision's file. Our batch norms add an ``eps`` to each variance; where theirs do not, it is taken off."""
+    """Read torchvision's file. Our batch norms add ``eps`` to a variance; where theirs did not, it is taken off."""
     state = read_state_dict(path)
     if MODELS[model].coco_without_eps:
         for name, value in state.items():
