@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as F
 
 import detkit
 from detkit.data import Dataset
-from detkit.formats.findings import prepare
+from detkit.formats.checks import prepare
 from detkit.job import Job, Workspace
 from detkit.shapes import write_shapes
 from detkit_torchvision.devices import keep_freed_memory

@@ -307,11 +307,26 @@ def test_corners_that_are_read_as_sizes(format: str, tmp_path: Path) -> None:
     assert f"goes from {x0:g}, {y0:g} to {x1:g}, {y1:g}; write its width {x1 - x0:g} and height {y1 - y0:g}" in str(
         found
     )
+    assert found.severity == "error"
+    wrong = np.array(boxes)
+    wrong[5, 2:] = wrong[5, :2] - 3  # another fault hides nothing
+    (some,) = [f for f in check(replace(data, boxes=wrong), look="none") if f.code == "sizes-are-corners"]
+    assert f"and {len(boxes) - 1} fit if" in some.message
     boxes = data.boxes.copy()
     boxes[5, 2] += 300  # one box outside is only that
     assert codes(check(replace(data, boxes=boxes), look="none")) == {"outside": 1}
     infinite = np.where(np.arange(len(boxes))[:, None] == 5, np.inf, data.boxes)
     assert codes(check(replace(data, boxes=infinite), look="none")) == {"non-finite": 1}
+
+
+def test_images_made_smaller_after_annotation(tmp_path: Path) -> None:
+    """Large boxes in the middle are right then, and look like corners; which of both it is, nobody knows."""
+    data = tiny_dataset(tmp_path / "drawn", num_images=8)
+    data = data.keep_boxes(np.isin(np.arange(len(data.boxes)), data.offsets[:-1]))
+    boxes = np.array([[10.0 + i, 12, 105, 100] for i in range(len(data.boxes))])
+    (found,) = [f for f in check(replace(data, boxes=boxes), look="none") if f.code == "sizes-are-corners"]
+    assert found.severity == "warning"
+    assert "unless the images were made smaller" in found.message
 
 
 def test_limits_of_installed_backends_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

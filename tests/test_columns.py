@@ -10,7 +10,7 @@ import pytest
 
 from detkit import Dataset, remap
 from detkit.columns import concatenate, load_columns, save_columns
-from detkit.errors import InvalidData
+from detkit.errors import DetkitWarning, InvalidData
 from detkit.testing import tiny_dataset
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def columns(data: Dataset) -> dict[str, Any]:
 
 
 def test_saved_columns_come_back(data: Dataset, tmp_path: Path) -> None:
-    for some in (data, replace(data, box_ids=None, class_extra=None, file_extra={}, masks=None, extra=None)):
+    bare = replace(data, box_ids=None, class_extra=None, file_extra={}, masks=None, extra=None, numbered=True)
+    for some in (data, bare):
         with (tmp_path / "columns.npz").open("wb") as file:
             save_columns(some, file, [f"images/{image_id}" for image_id in some.image_ids])
         back = load_columns(tmp_path / "columns.npz", tmp_path)
@@ -70,8 +71,45 @@ def test_parts_put_together_are_the_whole(data: Dataset) -> None:
     plain = replace(parts[1], box_ids=None)
     mixed = concatenate([parts[0], plain])
     assert mixed.box_ids is not None
-    n = len(parts[0].boxes)
-    assert mixed.box_ids[n:].tolist() == list(range(1, len(plain.boxes) + 1))
+    n, following = len(parts[0].boxes), int(parts[0].box_ids.max()) + 1  # type: ignore[union-attr]
+    assert mixed.box_ids[n:].tolist() == list(range(following, following + len(plain.boxes)))
+    named = replace(plain, box_extra=tuple({"id": f"box {i}"} for i in range(len(plain.boxes))))
+    mixed = concatenate([parts[0], named])
+    assert mixed.box_ids is None
+    assert parts[0].box_ids is not None
+    assert mixed.box_extra is not None
+    assert [extra["id"] for extra in mixed.box_extra[n - 1 : n + 1]] == [parts[0].box_ids[-1], "box 0"]
+    assert mixed.box_extra[0]["pose"] == "side 0"
+
+
+def test_what_two_files_say_of_one_class(data: Dataset) -> None:
+    parts = [data.take(range(4)), data.take(range(4, len(data)))]
+    further = replace(parts[1], class_extra=({"colour": 1}, {"colour": 2}, {"supercategory": "y"}))
+    with pytest.warns(DetkitWarning, match="'supercategory' of class 'c' is 'y' in second.json, and 'z' before"):
+        joined = concatenate([parts[0], further])
+    assert joined.class_extra == ({"supercategory": "x", "colour": 1}, {"colour": 2}, {"supercategory": "z"})
+
+
+def test_ids_that_follow_from_the_order(data: Dataset) -> None:
+    """They are kept once the order says something else."""
+    data = replace(data, extra=None, box_ids=None, class_extra=None, numbered=True)
+    n = len(data)
+    assert data.image_numbers.tolist() == [1, 2, 3, 4, *range(1, n - 3)]
+    assert data.take(range(n)).extra is None
+    assert data.take([0, 1, 4]).extra is None
+    assert data.take([1, 5]).extra == ({"id": 2}, {"id": 2})
+    assert data.take([1, 5]).take([1]).extra == ({"id": 2},)
+    assert data.with_classes(["c", "new", "a", "b"]).class_extra == ({"id": 3}, {}, {"id": 1}, {"id": 2})
+    parts = [data.take(range(4)), data.take(range(4, n))]
+    assert columns(concatenate(parts)) == columns(data)
+    other = replace(parts[1], box_ids=parts[1].records + 1000)
+    both = concatenate([parts[0], other])
+    assert both.box_ids is not None
+    assert both.box_ids.tolist() == [*(parts[0].records + 1), *(parts[1].records + 1000)]
+    assert (both.extra, both.numbered) == (None, True)
+    unnumbered = concatenate([parts[0], replace(parts[1], numbered=False)])
+    assert unnumbered.extra == ({"id": 1}, {"id": 2}, {"id": 3}, {"id": 4}, *({} for _ in range(n - 4)))
+    assert (unnumbered.class_extra, unnumbered.numbered) == (({"id": 1}, {"id": 2}, {"id": 3}), False)
 
 
 def test_what_classes_say_follows_their_names(data: Dataset) -> None:
@@ -81,6 +119,8 @@ def test_what_classes_say_follows_their_names(data: Dataset) -> None:
     assert remap(data, {"c": "d"}, drop=["a"]).class_extra == ({}, {"supercategory": "z"})
     merged = remap(data, {"a": "one", "c": "one"})
     assert (merged.classes, merged.class_extra) == (("one", "b"), ({"supercategory": "x"}, {}))
+    surviving = remap(data, {"a": "c"})
+    assert (surviving.classes, surviving.class_extra) == (("b", "c"), ({}, {"supercategory": "z"}))
     with pytest.raises(InvalidData, match="3 class_extra for 2 classes"):
         replace(merged, class_extra=data.class_extra)
 

@@ -131,10 +131,23 @@ def test_killed_conversion_leaves_no_half_data_set(large: Path, tmp_path: Path) 
         process.wait()
         assert not out.exists()
         assert beside.is_dir(), "nobody could tidy up"
+        for age, name in ((0, "young"), (7200, "old")):
+            unlocked = beside.with_name(f"{beside.name.rpartition('-')[0]}-{name}.new")
+            unlocked.mkdir()
+            os.utime(unlocked, (time.time() - age, time.time() - age))
     (tmp_path / "here/.out.mine").mkdir()
     assert write_dataset(read_dataset(large).take(range(5)), out, "voc") == out
-    assert sorted(path.name for path in out.parent.iterdir()) == [".out.mine", "out"], "the next one tidies up"
+    left = sorted(path.name for path in out.parent.iterdir())
+    assert left[1:] == [".out.mine", "out"], "the next one tidies up"
+    assert left[0].endswith("-young.new"), "its process may be about to lock it"
     assert len(read_dataset(out)) == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="paths have 260 characters at most")
+@pytest.mark.parametrize("name", ["n" * 250, "ü" * 125])
+def test_folders_of_the_longest_names(tiny: Dataset, tmp_path: Path, name: str) -> None:
+    assert write_dataset(tiny, tmp_path / name, "coco") == tmp_path / name
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", name[:20]))] == [name]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and locks of POSIX")

@@ -505,6 +505,23 @@ def test_scores_near_one_are_told_apart(tmp_path: Path) -> None:
         assert present == ("hidden" not in box.attributes)
 
 
+def test_scores_of_what_is_not_drawn_stay_on_their_side_of_every_threshold(tmp_path: Path) -> None:
+    """Written with three digits, but for those that this would take across the best threshold or a step of 0.01."""
+    data = dense(tmp_path)
+    steps = np.arange(10, 100) / 100
+    near = np.concatenate([steps, np.nextafter(steps, 0), steps - 2e-4, [0.123456]])
+    found = [Detections.from_arrays(data.boxes[: len(near)], near, data.labels[: len(near)], classes=data.classes)]
+    tile = tree(write_page(compare(data, **dict.fromkeys("abcdefgh", found)), tmp_path / "page.html")).all(
+        "div", "found"
+    )[0]
+    written = [float(box.attributes["data-s"] or "") for box in tile.all("rect", "right")]
+    rest = [group.split() for group in (tile.attributes["data-rest"] or "").split(";")]
+    assert "0.123" in {one for group in rest for one in group}
+    written += [float(one) for kind, _, *scores in rest if kind == "right" for one in scores]
+    for threshold in (*steps.tolist(), float(tile.attributes["data-best"] or "")):
+        assert sum(one >= threshold for one in written) == int((near >= threshold).sum())
+
+
 def test_lines_of_56_models_are_all_different() -> None:
     style = (Path(report.__file__).parent / "page.css").read_text(encoding="utf-8")
     lines = [line_class(at) for at in range(56)]

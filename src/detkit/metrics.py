@@ -13,8 +13,9 @@ from detkit.detections import Detections
 class Metric:
     """A named way to turn ground truth and detections into numbers.
 
-    ``compute`` is given the data and one `Detections` for each of its images, in order, those below the
-    protocol's score floor (0.001) left out; it matches classes by name and returns finite numbers, or NaN where there is nothing to measure:
+    ``compute`` is given the data and one `Detections` for each of its images, in order, those below the protocol's
+    score floor (0.001) left out; it matches classes by name and returns finite numbers, or NaN where there is nothing
+    to measure:
 
     >>> from detkit.data import Dataset
     >>> found = Metric(name="found", summary="detections per image", higher_is_better=True,

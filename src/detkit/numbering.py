@@ -74,9 +74,12 @@ def spelled_out(data: Dataset, *, images: bool = True, boxes: bool = True, class
 
 
 def spelled_out_alike(parts: Sequence[Dataset]) -> list[Dataset]:
-    """Return data sets with all ids of a kind kept where any of them has some, or gives none at all."""
+    """Return data sets with all ids of a kind kept where any of them has some, or gives none at all; those of images
+    also where two parts have images of one file."""
     some = not all(part.numbered for part in parts)
-    images = some or any(has_ids(part.extra) for part in parts)
+    files = [set(part.sources) for part in parts]
+    shared = len(set().union(*files)) < sum(map(len, files))
+    images = some or shared or any(has_ids(part.extra) for part in parts)
     boxes = some or any(part.box_ids is not None or has_ids(part.box_extra) for part in parts)
     classes = some or any(has_ids(part.class_extra) for part in parts)
     return [spelled_out(part, images=images, boxes=boxes, classes=classes) for part in parts]

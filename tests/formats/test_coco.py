@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
-from detkit import plugins, read_dataset, write_dataset
+from detkit import merge, plugins, read_dataset, remap, write_dataset
 from detkit.boxes import xywh_to_xyxy, xyxy_to_xywh
 from detkit.data import Dataset, Sample
-from detkit.errors import InvalidData
-from detkit.formats.coco import to_coco
+from detkit.errors import DetkitWarning, InvalidData
+from detkit.formats.coco import to_coco, written_ids
 from detkit.formats.findings import count_codes
 from detkit.formats.parallel import Helper
 from detkit.testing import FormatTests, tiny_dataset
@@ -289,7 +289,8 @@ def test_files_become_splits(tmp_path: Path, names: tuple[str, str], images: str
         put(tmp_path, content, name, images.format(split))
     (tmp_path / "annotations").mkdir(exist_ok=True)
     (tmp_path / "annotations/captions_train2017.json").write_text('{"images": [], "annotations": []}')
-    data = read_dataset(tmp_path)
+    with pytest.warns(DetkitWarning, match=r"'id' of class 'square' is \d in .*, and \d before. the first counts"):
+        data = read_dataset(tmp_path)
     assert sorted(data.classes) == ["disc", "square", "zebra"]
     first, second = (data.splits[split] for split in splits)
     assert [sample.names for sample in first] == [("disc", "square"), ()]
@@ -641,3 +642,110 @@ def test_not_finite(tmp_path: Path) -> None:
     boxes[2, 1] = np.inf
     with pytest.raises(InvalidData, match=r"00\d\.\w+: 1 box\(es\) are not finite"):
         to_coco(replace(data, boxes=boxes))
+
+
+def of_split(split: str, first: int, boxes: int | str, count: int = 4) -> Document:
+    """Pictures and boxes with ids from a number on; the boxes in another order than the pictures."""
+    images = [{"id": first + i, "file_name": f"{split}{i}.jpg", "width": 40, "height": 30} for i in range(count)]
+    annotations = [
+        {
+            "id": boxes + i if isinstance(boxes, int) else f"{boxes}{i}",
+            "image_id": first + (i * 3 + 1) % count,
+            "category_id": 1 + i % 2,
+            "bbox": [i, 2, 10, 12],
+            "area": 120,
+            "iscrowd": 0,
+        }
+        for i in range(count)
+    ]
+    return {"images": images, "annotations": annotations, "categories": document()["categories"]}
+
+
+def splits_of(root: Path, **files: Document) -> Dataset:
+    for split, content in files.items():
+        (root / "images").mkdir(parents=True, exist_ok=True)
+        for image in content["images"]:
+            Image.new("RGB", (40, 30)).save(root / "images" / image["file_name"])
+        put(root, content, f"annotations/{split}.json")
+    return read_dataset(root)
+
+
+def back(data: Dataset, folder: Path) -> dict[str, Document]:
+    write_dataset(data, folder, "coco")
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.rglob("*.json"))}
+
+
+@pytest.mark.parametrize("boxes", [1, 5, 100, "text"])
+def test_ids_of_splits_are_their_own(tmp_path: Path, boxes: int | str) -> None:
+    files = {"train": of_split("t", 1, 1), "val": of_split("v", 5, boxes)}
+    assert back(splits_of(tmp_path / "in", **files), tmp_path / "out") == files
+
+
+def test_a_part_keeps_its_ids(tmp_path: Path) -> None:
+    data = splits_of(tmp_path / "in", train=of_split("t", 1, 1), val=of_split("v", 5, 5))
+    part = data.take([1, 2, 6]).keep_boxes(np.array([True, False, True]))
+    (written,) = back(part, tmp_path / "part").values()
+    assert [(image["id"], image["file_name"]) for image in written["images"]] == [
+        (2, "t1.jpg"),
+        (3, "t2.jpg"),
+        (7, "v2.jpg"),
+    ]
+    assert [(box["id"], box["image_id"]) for box in written["annotations"]] == [(1, 2), (8, 7)]
+    for dropped in (remap(data.splits["val"], {}, drop=["disc"]), remap(data.splits["val"], {"disc": "square"})):
+        assert to_coco(dropped)["categories"] == [{"id": 2, "name": "square"}]
+    one = read_dataset(tmp_path / "in/annotations/train.json")
+    assert [image["id"] for image in to_coco(one.take([3, 1]))["images"]] == [4, 2]
+    with pytest.warns(DetkitWarning, match="the ids of images, .* twice; .*the ids of annotations, .* 1 to 8 now"):
+        write_dataset(merge([one, one], prefixes=["a", "b"]), tmp_path / "twice", "coco")
+
+
+def test_the_order_of_classes_counts_before_their_ids(tmp_path: Path) -> None:
+    content = document()
+    content["categories"] = [{"id": 7, "name": "disc"}, {"id": 9, "name": "square"}]
+    for box, category in zip(content["annotations"], (7, 9), strict=True):
+        box["category_id"] = category
+    data = read_dataset(put(tmp_path, content))
+    longer = data.with_classes(["disc", "square", "new"])
+    assert [category["id"] for category in to_coco(longer)["categories"]] == [7, 9, 10]
+    for classes in (["square", "disc"], ["new", "disc", "square"]):
+        moved = data.with_classes(classes)
+        with pytest.warns(DetkitWarning, match="the ids of categories, which do not rise with the classes; they are 1"):
+            folder = write_dataset(moved, tmp_path / f"out{len(classes)}", "coco")
+        assert read_dataset(folder).classes == moved.classes
+    merged = remap(data, {"disc": "square"})
+    assert to_coco(merged)["categories"] == [{"id": 9, "name": "square"}]
+
+
+def test_records_without_an_id_get_the_next(tmp_path: Path) -> None:
+    content = document()
+    content["annotations"][1]["id"] = 1
+    del content["annotations"][0]["id"]
+    assert [box["id"] for box in to_coco(read_dataset(put(tmp_path, content)))["annotations"]] == [2, 1]
+
+
+def test_what_a_file_without_images_says_is_told(tmp_path: Path) -> None:
+    empty = {**of_split("v", 1, 1, count=0), "info": {"about": "nothing"}}
+    data = splits_of(tmp_path / "in", train=of_split("t", 1, 1), val=empty)
+    with pytest.warns(DetkitWarning, match=r"left behind: what .*val\.json says beside images and boxes"):
+        write_dataset(data, tmp_path / "out", "coco")
+
+
+def test_keys_of_any_name_stay(tmp_path: Path) -> None:
+    content = {**document(), "order of categories": 5, "numbered": [1]}
+    content["categories"] = content["categories"][::-1]
+    content["annotations"] = [{**box, "area": 9} for box in content["annotations"]]
+    data = read_dataset(put(tmp_path, content))
+    assert to_coco(data) == content
+    assert plugins.formats()["voc"].not_carried(data)["order of categories"] == 2
+
+
+def test_written_ids_are_those_that_are_written(tmp_path: Path) -> None:
+    data = splits_of(tmp_path / "in", train=of_split("t", 1, 1), val=of_split("v", 1, 1))
+    image_ids, category_ids = written_ids(data)
+    written = back(data, tmp_path / "out")
+    listed = {image["file_name"]: image["id"] for content in written.values() for image in content["images"]}
+    assert dict(zip(data.image_ids, image_ids, strict=True)) == listed
+    assert category_ids == {"disc": 1, "square": 2}
+    plain = tiny_dataset(tmp_path / "plain")
+    plain = replace(plain, split_indices={"a": np.array([3, 1]), "b": np.array([1, 5])})
+    assert written_ids(plain)[0] == [1, 2, 2, 1, 3, 2, *range(4, len(plain) - 2)]

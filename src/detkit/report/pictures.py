@@ -124,13 +124,13 @@ class Gallery:
                 drawing.add(mark)
             else:
                 rest.append(mark)
-        name, attributes, more = "ground truth", 'class="tile"', ""
+        name, attributes, threshold, more = "ground truth", 'class="tile"', 0.0, ""
         if at is not None:
-            name = self._comparison.entries[at].name
-            attributes = f'class="tile found" data-best="{float(self.judged[at].threshold)!r}"'
+            name, threshold = self._comparison.entries[at].name, float(self.judged[at].threshold)
+            attributes = f'class="tile found" data-best="{threshold!r}"'
         if rest:
             hidden = sum(mark.visible for mark in rest)
-            attributes += f' data-rest="{_listed(rest, 1.0 if at is None else self.judged[at].threshold)}"'
+            attributes += f' data-rest="{_listed(rest, threshold)}"'
             more = f' <span class="more">{f"{hidden} more not drawn" if hidden else ""}</span>'
         return f"<div {attributes}>{drawing.svg(image, name)}<p>{said}{more}</p></div>"
 

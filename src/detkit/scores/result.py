@@ -163,7 +163,8 @@ class Scores(Mapping[str, float]):
     ) -> Interval:
         """Return the bias-corrected bootstrap interval of AP, AP50 or AP75 over images drawn again.
 
-        Its ends are NaN where there are fewer images than `detkit.scores.certainty.FEWEST_IMAGES`. Raises `InvalidValue` for another name.
+        Its ends are NaN where there are fewer images than `detkit.scores.certainty.FEWEST_IMAGES`. Raises
+        `InvalidValue` for another name.
         """
         return interval(self[name], self.replicates(name, number=replicates, seed=seed), level)
 

@@ -94,8 +94,12 @@ class FormatTests:
             assert np.array_equal(after.boxes, before.boxes), f"boxes of {before.image_id} changed"
         for name in self.format.carries & {"difficult", "crowd", "area"}:
             assert np.array_equal(getattr(back, name), getattr(data, name)), f"{name} changed"
-        for name in self.format.carries & {"classes", "masks", "extra", "box_extra", "class_extra"}:
+        for name in self.format.carries & {"classes", "masks", "box_extra", "class_extra"}:
             assert getattr(back, name) == getattr(data, name), f"{name} changed"
+        if "extra" in self.format.carries:
+            new = set() if any("id" in extra for extra in data.extra or ()) else {"id"}  # a format may give some
+            kept = [{k: v for k, v in extra.items() if k not in new} for extra in back.extra or [{}] * len(back)]
+            assert kept == list(data.extra or [{}] * len(data)), "extra changed"
         if "file_extra" in self.format.carries:  # by the name of another file now
             assert [*back.file_extra.values()] == [*data.file_extra.values()]
         if "box_ids" in self.format.carries:
