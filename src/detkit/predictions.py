@@ -21,7 +21,7 @@ from detkit.boxes import xyxy_to_xywh
 from detkit.detections import Detections
 from detkit.errors import ClassMismatch, DetkitWarning, InvalidData, UsageError, did_you_mean
 from detkit.files import atomic_write
-from detkit.formats.coco import to_coco
+from detkit.formats.coco import written_ids
 from detkit.formats.findings import Finding, raise_errors
 from detkit.formats.identities import AMBIGUOUS, CocoIds, ImageNames
 from detkit.formats.jsonrecords import shown
@@ -139,9 +139,15 @@ def write_predictions(path: str | Path, data: Dataset, detections: Iterable[Dete
     `InvalidData` for numbers that JSON does not have, `StorageError`.
     """
     path = Path(path)
-    ids = to_coco(data.keep_boxes(np.zeros(len(data.boxes), dtype=bool)))
-    category_ids = {category["name"]: category["id"] for category in ids["categories"]}
-    images = [(image["id"], image["file_name"]) for image in ids["images"]]
+    image_ids, category_ids = written_ids(data)
+    if len(set(image_ids)) < len(image_ids):
+        warnings.warn(
+            f"{path}: images of different splits have the same ids in their own files; write the predictions of each "
+            "split alone for tools that go by image_id",
+            DetkitWarning,
+            stacklevel=2,
+        )
+    images = list(zip(image_ids, data.image_ids, strict=True))
     encoder, count, separator = msgspec.json.Encoder(), 0, b"["
     with atomic_write(path) as file:
         for count, found in enumerate(detections, start=1):
