@@ -195,6 +195,22 @@ def test_the_limit_is_one_for_each_class_whoever_found_it(runs: list[Run], many:
         compare([runs[1]], test, max_detections=0)
 
 
+def test_an_opened_model(runs: list[Run], many: Dataset) -> None:
+    """Whatever runs the model: what a `Predictor` finds is scored like what its run would."""
+    from detkit import Predictor
+
+    test = many[28:]
+    with Predictor(runs[1], score_threshold=0.001, isolate=True) as predictor:
+        found = compare([runs[1], predictor], test)
+        with pytest.raises(SeenImages):
+            compare([predictor], many)
+    assert [entry.name for entry in found.entries] == ["epochs8", "epochs8 (2)"]
+    assert dict(found.entries[0].scores) == dict(found.entries[1].scores)
+    assert found.entries[1].seconds_per_image is not None
+    with Predictor(runs[1]) as sure, pytest.raises(UsageError, match=r"score_threshold=0\.001"):
+        compare([sure], test)
+
+
 def test_a_class_map_for_each_entry(many: Dataset) -> None:
     first, second = many.classes[:2]
     right = detected(many, 1, 0)

@@ -18,6 +18,7 @@ from detkit.errors import InvalidValue, ProtocolMismatch, UnknownName, UsageErro
 from detkit.evaluation import ClassMap, Evaluated, Scorable, evaluate_all
 from detkit.files import atomic_write
 from detkit.job import Model
+from detkit.predictor import Predictor
 from detkit.runs import Run
 from detkit.scores import Scores
 from detkit.scores.certainty import FEWEST_IMAGES, LEVEL, NUMBERS, Interval, holm, interval, p_value
@@ -370,6 +371,8 @@ def name_entrants(entrants: Iterable[Entrant]) -> list[str]:
 
 
 def _call(entrant: Entrant, number: int) -> str:
+    if isinstance(entrant, Predictor):
+        entrant = entrant.model
     if isinstance(entrant, Run):
         return entrant.name
     if isinstance(entrant, Model):

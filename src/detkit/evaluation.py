@@ -26,16 +26,17 @@ from detkit.io import read_dataset
 from detkit.job import Model, Workspace
 from detkit.prediction_store import predict_all
 from detkit.predictions import read_predictions
-from detkit.predictor import find_model
-from detkit.progress import shown
+from detkit.predictor import Predictor, find_model
+from detkit.progress import shown, track
 from detkit.remote import is_remote
 from detkit.runs import Run
 from detkit.scores import SCORE_FLOOR, Scores, score
 
 _ROLES = {"train": "training", "validation": "validation"}
 
-Scorable: TypeAlias = "Run | Model | str | Path | Sequence[Detections]"
-"""What can be scored: a model, or what one found: a file for `read_predictions`, or one `Detections` for each image."""
+Scorable: TypeAlias = "Run | Model | Predictor | str | Path | Sequence[Detections]"
+"""What can be scored: a model, opened or not, or what one found: a file for `read_predictions`, or one `Detections` for
+each image."""
 
 ClassMap: TypeAlias = "Mapping[str, str] | Mapping[str, Mapping[str, str]]"
 """``{model's name: data's name}``, or one such mapping for each entry, by its name."""
@@ -73,7 +74,8 @@ def evaluate(
 ) -> Scores:
     """Score a model on a data set; without one, on the test images that its run kept aside.
 
-    Predictions of other tools are scored, too: a COCO results file, or a sequence of `Detections`, with ``data``.
+    Predictions of other tools are scored, too: a COCO results file, or a sequence of `Detections`, with ``data``. So is
+    a `Predictor` that is open, wherever it runs, by the options it was opened with.
 
     Images are compared by the sha256 of their files with those that the model was trained or validated on; an overlap
     raises `SeenImages`, or marks the scores with ``allow_seen=True``. Boxes of a class that the model does not know
@@ -137,7 +139,10 @@ def evaluate_all(
     with shown(progress):
         for name, subject in subjects.items():
             model, seconds, where = models[name], None, ""
-            if model is not None:
+            detections: Sequence[Detections]
+            if isinstance(subject, Predictor):
+                detections, seconds = _look(subject, data)
+            elif model is not None:
                 predicted = predict_all(
                     model,
                     data,
@@ -149,7 +154,7 @@ def evaluate_all(
                     batch_size=batch_size,
                     fresh=fresh,
                 )
-                detections: Sequence[Detections] = predicted.detections
+                detections = predicted.detections
                 seconds = predicted.seconds_per_image
                 where = "" if predicted.device == "auto" else predicted.device
             elif isinstance(subject, (str, Path)):
@@ -173,9 +178,23 @@ def is_prediction_file(subject: object) -> bool:
 
 
 def _model(subject: Scorable) -> Model | None:
+    if isinstance(subject, Predictor):
+        return subject.model
     if isinstance(subject, (Run, Model)) or (isinstance(subject, (str, Path)) and not is_prediction_file(subject)):
         return find_model(subject)
     return None
+
+
+def _look(predictor: Predictor, data: Dataset) -> tuple[list[Detections], float]:
+    """Return what an opened model finds, and its mean seconds for an image; refuse one that leaves out much."""
+    if predictor.score_threshold > SCORE_FLOOR:
+        raise UsageError(
+            f"the predictor leaves out what scores below {predictor.score_threshold:g}, and with it part of its AP; "
+            f"open it with Predictor(..., score_threshold={SCORE_FLOOR})"
+        )
+    before = predictor.busy_s
+    detections = list(track(predictor.predict(data), "evaluate", total=len(data)))
+    return detections, (predictor.busy_s - before) / max(len(data), 1)
 
 
 def _listed(subject: Scorable) -> Sequence[Detections]:
