@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detkit import Dataset, Detections, Run, Trainer, compare, evaluate, score
+from detkit import Dataset, Detections, Run, Trainer, compare, evaluate, score, write_predictions
 from detkit.comparison import name_entrants
 from detkit.errors import ClassMismatch, InvalidValue, ProtocolMismatch, SeenImages, UnknownName, UsageError
 from detkit.testing import tiny_dataset
@@ -90,8 +90,6 @@ def test_runs_are_compared_on_what_they_kept_aside(runs: list[Run]) -> None:
 
 
 def test_models_files_arrays_and_scores_side_by_side(runs: list[Run], many: Dataset, tmp_path: Path) -> None:
-    from detkit import write_predictions
-
     test = many[28:]
     theirs = detected(test, 1.0, 5)
     write_predictions(tmp_path / "theirs.json", test, theirs)
@@ -211,7 +209,7 @@ def test_an_opened_model(runs: list[Run], many: Dataset) -> None:
         compare([sure], test)
 
 
-def test_a_class_map_for_each_entry(many: Dataset) -> None:
+def test_a_class_map_for_each_entry(many: Dataset, tmp_path: Path) -> None:
     first, second = many.classes[:2]
     right = detected(many, 1, 0)
     swapped = detected(many, 1, 0, (second, first, *many.classes[2:]))
@@ -220,6 +218,9 @@ def test_a_class_map_for_each_entry(many: Dataset) -> None:
     class_map = {"swapped": {first: second, second: first}}
     mended = compare({"right": right, "swapped": swapped}, many, class_map=class_map)
     assert mended["swapped"]["AP"] == mended["right"]["AP"] == mixed_up["right"]["AP"]
+    write_predictions(tmp_path / "swapped.json", many, swapped)
+    from_file = compare({"swapped": tmp_path / "swapped.json"}, many, class_map={first: second, second: first})
+    assert from_file["swapped"]["AP"] == pytest.approx(mended["swapped"]["AP"], abs=1e-6)
     with pytest.raises(UnknownName, match=f"did you mean {first!r}"):
         compare({"right": right}, many, class_map={f"{first}s": first})
     with pytest.raises(UsageError, match="mixes names and maps"):
@@ -239,6 +240,8 @@ def test_detections_with_the_names_they_have(many: Dataset) -> None:
         Detections.from_arrays(one.boxes, one.scores, names=one.names, path=one.path) for one in detected(many, 1, 0)
     ]
     assert compare([bare], many)["predictions 1"]["AP"] == score(many, bare, score_floor=0.001)["AP"] > 0
+    only = [one.above(2) if many.classes[0] in one.names else one for one in bare]  # it never found the first class
+    assert compare([only], many)["predictions 1"].per_class[many.classes[0]]["AP"] == 0
 
 
 def test_kept_images_with_other_annotations_are_refused(runs: list[Run], many: Dataset, tmp_path: Path) -> None:

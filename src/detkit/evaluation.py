@@ -162,11 +162,12 @@ def evaluate_all(
             else:
                 detections = _listed(subject)
                 _refuse_other_images(detections, data)
-                known = list(dict.fromkeys(one for found_there in detections for one in found_there.classes))
-                if known:
-                    _refuse_classes(data, known, maps[name], name or "the detections")
-            renamed = [_rename(one, maps[name]) for one in detections] if maps[name] else detections
-            scores = score(data, renamed, max_detections=limit, score_floor=SCORE_FLOOR)
+            if maps[name] and not is_prediction_file(subject):
+                detections = [_rename(one, maps[name]) for one in detections]
+            known = dict.fromkeys(one for found_there in detections for one in found_there.classes)
+            if not known.keys() <= set(data.classes) and model is None:  # else they lack what they never found
+                _refuse_classes(data, list(known), {}, name or "the detections")
+            scores = score(data, detections, max_detections=limit, score_floor=SCORE_FLOOR)
             scores = _with_metrics(replace(scores, seen_in=seen.get(name, "")))
             found.append(Evaluated(name=name, scores=scores, model=model, seconds_per_image=seconds, device=where))
     return found
