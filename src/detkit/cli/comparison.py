@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from detkit.cli import messages
-from detkit.cli.evaluation import ClassMap, Fresh, parse_class_map
+from detkit.cli.evaluation import AllowSeen, ClassMap, DataFormat, Device, Fresh, OnInvalid, parse_class_map
 from detkit.cli.runs import Json
 
 if TYPE_CHECKING:
@@ -32,22 +32,16 @@ def compare(
     ] = None,
     metric: Annotated[str, typer.Option(metavar="AP|AP50|AP75", help="What says who is ahead.")] = "AP",
     class_map: ClassMap = None,
-    allow_seen: Annotated[
-        bool, typer.Option("--allow-seen", help="Score images of the training, too, and mark the numbers.")
-    ] = False,
-    on_invalid: Annotated[
-        str, typer.Option(metavar="raise|drop", help="Faulty boxes of DATA: refuse them, or leave them out.")
-    ] = "raise",
+    allow_seen: AllowSeen = False,
+    on_invalid: OnInvalid = "raise",
     max_detections: Annotated[
         int | None,
         typer.Option(
             metavar="N", min=1, help="Detections of a class in an image that count; the models' largest if absent."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    format: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="The data's format; recognised if absent.")
-    ] = None,
+    device: Device = "auto",
+    format: DataFormat = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:

@@ -23,6 +23,14 @@ ClassMap = Annotated[
         help="A class that both call differently; repeatable.",
     ),
 ]
+AllowSeen = Annotated[
+    bool, typer.Option("--allow-seen", help="Score images of the training, too, and mark the numbers.")
+]
+OnInvalid = Annotated[
+    str, typer.Option(metavar="raise|drop", help="Faulty boxes of DATA: refuse them, or leave them out.")
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+DataFormat = Annotated[str | None, typer.Option(metavar="FORMAT", help="The data's format; recognised if absent.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Run the model, also where its predictions are in the cache.")]
 
 _NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "ARs", "ARm", "ARl")
@@ -36,19 +44,13 @@ def evaluate(
         typer.Argument(metavar="DATA[:SPLIT]", help="Annotated images; those the run kept aside if absent."),
     ] = None,
     class_map: ClassMap = None,
-    allow_seen: Annotated[
-        bool, typer.Option("--allow-seen", help="Score images of the training, too, and mark the numbers.")
-    ] = False,
-    on_invalid: Annotated[
-        str, typer.Option(metavar="raise|drop", help="Faulty boxes of DATA: refuse them, or leave them out.")
-    ] = "raise",
+    allow_seen: AllowSeen = False,
+    on_invalid: OnInvalid = "raise",
     max_detections: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Detections of a class in an image that count.")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    format: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="The data's format; recognised if absent.")
-    ] = None,
+    device: Device = "auto",
+    format: DataFormat = None,
     fail_under: Annotated[
         list[str] | None, typer.Option(metavar="AP=0.3", help="Leave with 1 if a number is worse; repeatable.")
     ] = None,
