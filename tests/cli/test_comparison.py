@@ -73,28 +73,26 @@ def test_wrong_use(words: list[str], message: str, cli: Any, two: Path) -> None:
     assert message in done.err
 
 
-def test_words_that_could_be_two_things(cli: Any, data: Path, two: Path) -> None:
+def test_words_that_could_be_two_things(cli: Any, data: Path, two: Path, tmp_path: Path) -> None:
     """A run called like a parameter is a run; a folder that a run is named after has to be told from it."""
-    shutil.copytree(two / "runs/first", two / "runs/lr=0.1")
-    assert cli("compare", "lr=0.1", "second", cwd=two).code == 0
-    shutil.copytree(data, two / "first")
-    try:
-        done = cli("compare", "second", "first", cwd=two)
-        assert done.code == 2 and "write ./first for the data, runs/first for the run" in done.err
-        assert cli("compare", "second", "runs/first", cwd=two).code == 0
-    finally:
-        shutil.rmtree(two / "first")
-    done = cli("compare", "first", "secnd", cwd=two)
+    here = shutil.copytree(two, tmp_path / "here")
+    shutil.copytree(here / "runs/first", here / "runs/lr=0.1")
+    assert cli("compare", "lr=0.1", "second", cwd=here).code == 0
+    done = cli("compare", "first", "secnd", cwd=here)
     assert done.code == 2 and "did you mean 'second'" in done.err
+    shutil.copytree(data, here / "first")
+    done = cli("compare", "second", "first", cwd=here)
+    assert done.code == 2 and "write ./first for the data, runs/first for the run" in done.err
+    assert cli("compare", "second", "runs/first", cwd=here).code == 0
 
 
-def test_predictions_with_images_and_categories_are_no_data_set(cli: Any, data: Path, two: Path) -> None:
-    truth = json.loads((data / "annotations.json").read_text())
+def test_predictions_with_images_and_categories_are_no_data_set(
+    cli: Any, data: Path, two: Path, tmp_path: Path
+) -> None:
+    beside = shutil.copytree(data, tmp_path / "data")
+    truth = json.loads((beside / "annotations.json").read_text())
     for one in truth["annotations"]:
         one["score"] = 0.9
-    (data / "full.json").write_text(json.dumps(truth))
-    try:
-        done = cli("compare", "first", data / "full.json", cwd=two)
-        assert done.code == 1 and "full.json" in done.err  # it has predictions on images that were not kept aside
-    finally:
-        (data / "full.json").unlink()
+    (beside / "full.json").write_text(json.dumps(truth))
+    done = cli("compare", "first", beside / "full.json", cwd=two)
+    assert done.code == 1 and "full.json" in done.err  # it has predictions on images that were not kept aside
