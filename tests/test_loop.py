@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import numpy as np
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from detkit.detections import Detections
 from detkit.errors import NonFiniteLoss
 from detkit.job import Event, Job, Workspace
-from detkit.loop import TrainingLoop, epoch_order, load_ahead
+from detkit.loop import Counters, TrainingLoop, epoch_order, load_ahead
 from detkit.scores import Scores, score
 from detkit.testing import tiny_dataset
 
@@ -42,7 +42,7 @@ class Walk(TrainingLoop[list[int]]):
 
     def __init__(self, job: Job, workspace: Workspace, shares: list[float] | None = None) -> None:
         super().__init__(job, workspace)
-        self.weight, self.saved, self.shares = 0.0, {}, shares
+        self.weight, self.shares = 0.0, shares
         self.losses: dict[int, float] = {}
 
     def batches(self) -> Iterator[list[int]]:
@@ -84,8 +84,12 @@ class Walk(TrainingLoop[list[int]]):
         lines = self.workspace.metrics_file.read_bytes().splitlines()
         return [msgspec.json.decode(line, type=Event) for line in lines]
 
-    def save_checkpoint(self) -> None:
-        self.saved = copy.deepcopy({"step": self.step, "weight": self.weight, "best": self.best})
+    def write_state(self, file: IO[bytes], counters: Counters) -> None:
+        file.write(msgspec.json.encode([counters, self.weight, self.best.state]))
+
+    def read_state(self, file: Path) -> tuple[Counters, Any]:
+        counters, self.weight, state = msgspec.json.decode(file.read_bytes(), type=tuple[Counters, float, Any])
+        return counters, state
 
 
 @pytest.fixture
@@ -94,13 +98,18 @@ def make(tmp_path: Path) -> Any:
     data = tiny_dataset(tmp_path / "images")
     numbers = iter(range(100))
 
-    def make(shares: list[float] | None = None, **params: Any) -> Walk:
+    def make(shares: list[float] | None = None, after: Walk | None = None, **params: Any) -> Walk:
         job = Job(backend="walk", engine="tests:Walk", model="walk", params={**DEFAULTS, **params}, options={},
                   classes=list(data.classes))  # fmt: skip
         workspace = Workspace(tmp_path / f"run{next(numbers)}")
         workspace.create(job)
         workspace.write_dataset("train", data, [""] * len(data))
-        return Walk(job, workspace, shares)
+        if after is not None:
+            shutil.copytree(after.workspace.checkpoints, workspace.checkpoints, dirs_exist_ok=True)
+        loop = Walk(job, workspace, shares)
+        if loop.resumes:
+            loop.resume()
+        return loop
 
     return make
 
@@ -144,7 +153,7 @@ def test_the_best_weights_are_kept(make: Any) -> None:
     loop = run(make(shares=[0.2, 0.5, 0.9, 0.4, 0.9, 0.1]))
     rows = [event for event in loop.workspace_events() if "val/AP" in event.values]
     assert len(rows) == 6
-    assert loop.best.ap == max(row.values["val/AP"] for row in rows)
+    assert loop.best.value == max(row.values["val/AP"] for row in rows)
     assert 0 < loop.best.score_threshold <= 0.75
     at_third = make(shares=[0.2, 0.5, 0.9, 0.4, 0.9, 0.1])
     for step in at_third.steps():
@@ -161,8 +170,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(make: Any) -> None:
     for step in cut.steps():
         if step == 10:  # one step after the checkpoint of the third epoch
             break
-    again = make(shares=shares)
-    again.step, again.weight, again.best = cut.saved["step"], cut.saved["weight"], cut.saved["best"]
+    again = make(shares=shares, after=cut)
     assert again.step == 9
     run(again)
     assert (again.weight, again.best) == (whole.weight, whole.best)
@@ -182,11 +190,10 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(make: Any) -> None:
 def test_early_stopping(make: Any, shares: list[float] | None, params: dict[str, Any], last_epoch: int) -> None:
     loop = run(make(shares=shares, **params))
     assert loop.step == last_epoch * loop.steps_per_epoch
-    assert loop.saved["step"] == loop.step, "the checkpoint is of the last step"
     told = [event.values["message"] for event in loop.workspace_events() if event.kind == "log"]
     assert any("stopped early" in message for message in told) == (last_epoch < 6)
-    again = make(shares=shares, **params)
-    again.step, again.weight, again.best = loop.saved["step"], loop.saved["weight"], loop.saved["best"]
+    again = make(shares=shares, after=loop, **params)
+    assert again.step == loop.step, "the checkpoint is of the last step"
     assert run(again).step == loop.step, "a run that was killed after its last step does not go on"
 
 

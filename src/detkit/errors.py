@@ -197,8 +197,10 @@ class StorageError(DetkitError):
     exit_code = 3
 
     def __init__(self, path: object, cause: OSError | str) -> None:
-        why = cause if isinstance(cause, str) else (cause.strerror or str(cause))
-        super().__init__(f"cannot write {path}: {why}. nothing was replaced; free some space or choose another folder")
+        self.why = cause if isinstance(cause, str) else (cause.strerror or str(cause))
+        super().__init__(
+            f"cannot write {path}: {self.why}. nothing was replaced; free some space or choose another folder"
+        )
 
 
 class PluginError(DetkitError):
@@ -231,10 +233,24 @@ class NonFiniteLoss(DetkitError):
     exit_code = 3
 
     def __init__(self, iteration: int, learning_rate: float, losses: dict[str, float], files: Sequence[str]) -> None:
+        """``files`` names each image of the batch, with its boxes where they are known."""
         parts = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+        listed = "".join(f"\n  {file}" for file in files)
         super().__init__(
-            f"the loss is not finite at iteration {iteration} with learning rate {learning_rate:g} ({parts}); "
-            f"files of the batch: {', '.join(files)}. lower learning_rate, or look at these images and their boxes"
+            f"the loss is not finite at iteration {iteration} with learning rate {learning_rate:g} ({parts}). "
+            f"lower learning_rate, or look at the images of the batch and their boxes:{listed}"
+        )
+
+
+class OutOfMemory(DetkitError):
+    """A training step needs more memory than there is."""
+
+    exit_code = 3
+
+    def __init__(self, batch_size: int, image_size: int, device: str, fits: str) -> None:
+        """``batch_size`` counts the images of one pass; ``fits`` says what would fit, as far as that is known."""
+        super().__init__(
+            f"out of memory: {batch_size} images at once at image_size={image_size} do not fit on {device}. {fits}"
         )
 
 

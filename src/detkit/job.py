@@ -95,6 +95,10 @@ class WeightsOrigin(msgspec.Struct, frozen=True, kw_only=True):
     """Class names whose head rows were kept."""
     new: list[str] = []
     """Class names that started fresh."""
+    dropped: list[str] = []
+    """Class names of the weights that the model does not have."""
+    skipped: list[str] = []
+    """Parameters that only one side has, or whose shapes differ by more than the number of classes."""
 
 
 class Trained(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
 """The training loop of engines that run their own optimizer: what the canonical parameters mean, step by step.
 
-An engine subclasses `TrainingLoop` with what a batch, a step and a checkpoint are; order of images, learning rate, log,
-progress, validation, the weights that are kept, early stopping and the loss that is not finite are the same for all.
+An engine subclasses `TrainingLoop` with what a batch, a step and a state are; order of images, learning rate, log,
+progress, validation, the weights that are kept, early stopping, checkpoints and the loss that is not finite are the
+same for all.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 
+import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
+from detkit.checkpoints import Checkpoints
 from detkit.data import Dataset, Indices
-from detkit.errors import NonFiniteLoss
-from detkit.job import Job, Workspace
+from detkit.errors import NonFiniteLoss, UsageError
+from detkit.job import Job, WeightsOrigin, Workspace
 from detkit.params import every_steps
 
 if TYPE_CHECKING:
@@ -31,8 +36,15 @@ if TYPE_CHECKING:
 LOG_EVERY = 10
 """Steps between two metric events; the loss is their mean."""
 
-HEADLINES = ("AP", "AP50", "AP75")
-"""The numbers that are logged and kept in the manifest."""
+HEADLINES = ("AP", "AP50", "AP75", "mask_AP", "mask_AP50")
+"""The numbers that are logged and kept in the manifest, where there are such."""
+
+ONE_CYCLE_RISE, ONE_CYCLE_START, ONE_CYCLE_END = 0.3, 1 / 25, 1 / 25e4
+"""Share of the steps, and shares of the peak, as in ``torch.optim.lr_scheduler.OneCycleLR``, after Smith and Topin,
+"Super-Convergence" (2018). Momentum is not cycled."""
+
+_NAMED_BOXES = 5
+"""Boxes of an image that an error lists."""
 
 _AHEAD = 2
 """Items made ready ahead of the step that needs them, beside one for each thread."""
@@ -45,17 +57,27 @@ ItemT = TypeVar("ItemT")
 
 @dataclass
 class Best:
-    """The weights kept so far: those of the highest ``val/AP``. Part of every checkpoint."""
+    """The weights kept so far: those of the highest ``best_metric``. Part of every checkpoint."""
 
-    ap: float = -1.0
+    value: float = -1.0
     metrics: dict[str, float] | None = None
     score_threshold: float | None = None
     state: Any = None
     """What `TrainingLoop.snapshot` returned."""
     reference: float = -1.0
-    """The ``val/AP`` that early stopping wants to see surpassed."""
+    """The value that early stopping wants to see surpassed."""
     stale: int = 0
     """Validations since then."""
+
+
+class Counters(msgspec.Struct, frozen=True, kw_only=True):
+    """What every engine's checkpoint holds beside weights and optimizer; JSON can carry it."""
+
+    step: int
+    total_steps: int
+    best: dict[str, Any]
+    """`Best` without its ``state``."""
+    origin: WeightsOrigin
 
 
 class TrainingLoop(ABC, Generic[BatchT]):
@@ -70,13 +92,18 @@ class TrainingLoop(ABC, Generic[BatchT]):
         assert data is not None
         self.job, self.workspace, self.params = job, workspace, job.params
         self.data: Dataset = data
+        shares = sampling_shares(data) if self.params.get("sampling") == "class_balanced" else None
         self.steps_per_epoch = len(epoch_order(len(data), self.params["batch_size"], 0, 0))
         self.total_steps: int = self.params["iterations"] or self.params["epochs"] * self.steps_per_epoch
         self.warmup_steps = self._warmup_steps()
         self.step = 0
         self.best = Best()
+        self.origin = WeightsOrigin()
+        """Where the weights came from; an engine sets it before the first step."""
+        self._checkpoints = Checkpoints(workspace.checkpoints)
+        self._from = self._checkpoints.newest(self.say)
         self._order = functools.lru_cache(maxsize=8)(
-            lambda epoch: epoch_order(len(data), self.params["batch_size"], self.params["seed"], epoch)
+            lambda epoch: epoch_order(len(data), self.params["batch_size"], self.params["seed"], epoch, shares)
         )
 
     @abstractmethod
@@ -99,8 +126,43 @@ class TrainingLoop(ABC, Generic[BatchT]):
         """Return a copy of the weights, for `Best.state`."""
 
     @abstractmethod
+    def write_state(self, file: IO[bytes], counters: Counters) -> None:
+        """Write all that continuing needs: weights, optimizer, ``best.state`` and the counters. Nothing is pickled."""
+
+    @abstractmethod
+    def read_state(self, file: Path) -> tuple[Counters, Any]:
+        """Take up what `write_state` wrote and return the counters and ``best.state``."""
+
+    def validation_losses(self) -> dict[str, float]:
+        """Return ``loss`` and its parts on the validation images, where the engine can tell. Changes no weight."""
+        return {}
+
+    @property
+    def resumes(self) -> bool:
+        """Whether this run goes on from a checkpoint; then `resume` takes it up, and nothing else gives weights."""
+        return self._from is not None
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint, once network and optimizer are there."""
+        assert self._from is not None
+        counters, best_state = self.read_state(self._from.path)
+        self.step, self.origin = counters.step, counters.origin
+        self.best = Best(**counters.best, state=best_state)
+        self.log("state", {"state": "resumed"})
+        self.say(f"resumed after step {self.step} of {self.total_steps}")
+        if counters.total_steps != self.total_steps:
+            self.best.stale = 0
+            was, now = self.learning_rate(self.step - 1, counters.total_steps), self.learning_rate(self.step)
+            self.say(
+                f"the {self.params['lr_scheduler']} schedule spans {self.total_steps} steps instead of "
+                f"{counters.total_steps}: the learning rate goes on at {now:.3g}, it was {was:.3g}"
+            )
+
     def save_checkpoint(self) -> None:
-        """Save all that continuing needs: weights, optimizer, ``step`` and ``best``. Atomically, and not pickled."""
+        """Save a state that `resume` can take up; the one before stays beside it."""
+        best = {name: value for name, value in vars(self.best).items() if name != "state"}
+        counters = Counters(step=self.step, total_steps=self.total_steps, best=best, origin=self.origin)
+        self._checkpoints.save(self.step, lambda file: self.write_state(file, counters))
 
     def steps(self) -> Iterator[int]:
         """Train, log, validate and save; yield the number of steps done after each."""
@@ -124,28 +186,42 @@ class TrainingLoop(ABC, Generic[BatchT]):
             if validates := (self.step % validate_steps == 0 or ends):
                 scores = self.validate()
                 if scores is not None:
-                    self._judge(scores)
+                    self._judge(scores, self.validation_losses())
                 meter.restart(self.step)
             stops_early = validates and not ends and self._out_of_patience()
             if self.step % checkpoint_steps == 0 or ends or stops_early:
                 self.save_checkpoint()
             yield self.step
             if stops_early:
-                self.say(f"stopped early after step {self.step}: {self.best.stale} validations without a better AP")
+                without = f"{self.best.stale} validations without a better {self._best_metric}"
+                self.say(f"stopped early after step {self.step}: {without}")
                 return
 
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule."""
-        peak = self.params["learning_rate"]
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate at its highest: scaled to the batch where ``lr_batch_size`` is given."""
+        meant_for = self.params.get("lr_batch_size")
+        scale = self.params["batch_size"] / meant_for if meant_for else 1
+        return float(self.params["learning_rate"] * scale)
+
+    def learning_rate(self, step: int, total_steps: int | None = None) -> float:
+        """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule.
+
+        ``total_steps`` is that of this run unless given.
+        """
+        total = total_steps or self.total_steps
+        peak, schedule = self.peak_learning_rate, self.params["lr_scheduler"]
+        if schedule == "one_cycle":
+            return peak * _one_cycle(step, total, self.warmup_steps)
         if step < self.warmup_steps:
-            return float(peak * (step + 1) / self.warmup_steps)
-        if self.params["lr_scheduler"] == "constant":
-            return float(peak)
-        if self.params["lr_scheduler"] == "step":
+            return peak * (step + 1) / self.warmup_steps
+        if schedule == "constant":
+            return peak
+        if schedule == "step":
             passed = sum(step >= epoch * self.steps_per_epoch for epoch in self.params["lr_scheduler_step"])
             return float(peak * self.params["lr_scheduler_factor"] ** passed)
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return float(peak * 0.5 * (1 + math.cos(math.pi * done)))
+        done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
 
     def batch_indices(self, step: int) -> list[int]:
         """Return the training images of a step, by their position in the data."""
@@ -154,18 +230,35 @@ class TrainingLoop(ABC, Generic[BatchT]):
         return indices
 
     def image_seed(self, step: int, index: int) -> list[int]:
-        """Return a seed for ``numpy.random.default_rng``, for what happens to one image in one epoch."""
-        return [self.params["seed"], step // self.steps_per_epoch, index]
+        """Return a seed for ``numpy.random.default_rng``, for what happens to one image in one epoch, or one step.
+
+        A step counts where an epoch may have an image more than once.
+        """
+        uniform = self.params.get("sampling", "uniform") == "uniform"
+        return [self.params["seed"], step // self.steps_per_epoch if uniform else step, index]
 
     def step_seed(self) -> int:
         """Return a seed for what happens inside the network at this step."""
         return int(self.params["seed"] * 1_000_003 + self.step)
 
     def check_finite(self, losses: Mapping[str, float], indices: Sequence[int]) -> None:
-        """Raise `NonFiniteLoss` naming the step, the learning rate and the batch's files where ``loss`` is none."""
+        """Raise `NonFiniteLoss` naming the step, the learning rate, the batch's files and their boxes.
+
+        Only where ``loss`` is not finite.
+        """
         if not math.isfinite(losses["loss"]):
-            files = [self.data.image_ids[index] for index in indices]
+            files = [_with_boxes(self.data, index) for index in indices]
             raise NonFiniteLoss(self.step + 1, self.learning_rate(self.step), dict(losses), files)
+
+    def tell_origin(self) -> None:
+        """Say where the weights came from and which classes they know, where they came from somewhere."""
+        if self.origin.kept or self.origin.new:
+            kept, new = (", ".join(names) or "none" for names in (self.origin.kept, self.origin.new))
+            dropped = f"; dropped {', '.join(self.origin.dropped)}" if self.origin.dropped else ""
+            self.say(f"weights from {self.origin.source}: kept {kept}; fresh {new}{dropped}")
+        if self.origin.skipped:
+            listed = ", ".join(self.origin.skipped[:8]) + (" ..." if len(self.origin.skipped) > 8 else "")
+            self.say(f"weights that did not fit and were left out: {len(self.origin.skipped)}: {listed}")
 
     def log(self, kind: Any, values: Mapping[str, float | str]) -> None:
         """Write an event at the current step."""
@@ -184,17 +277,28 @@ class TrainingLoop(ABC, Generic[BatchT]):
             metrics |= tested
         return metrics
 
-    def _judge(self, scores: Scores) -> None:
-        """Log the validation scores, and keep the weights where they are the best."""
-        metrics, best, ap = _headlines("val", scores), self.best, scores["AP"]
+    @property
+    def _best_metric(self) -> str:
+        return str(self.params.get("best_metric", "AP"))
+
+    def _judge(self, scores: Scores, losses: Mapping[str, float]) -> None:
+        """Log the validation scores and losses, and keep the weights where they are the best."""
+        metrics, best = (
+            _headlines("val", scores) | {_loss_name(name): value for name, value in losses.items()},
+            self.best,
+        )
+        if self._best_metric not in scores:
+            known = ", ".join(name for name in HEADLINES if name in scores)
+            raise UsageError(f"best_metric={self._best_metric}: the validation has no such score; it has {known}")
+        value = scores[self._best_metric]
         self.log("metric", metrics)
-        if ap > best.ap:
-            best.ap, best.metrics = ap, metrics
+        if value > best.value:
+            best.value, best.metrics = value, metrics
             best.score_threshold, best.state = scores.score_threshold, self.snapshot()
         tolerance = self.params.get("early_stopping_tolerance", 0.0)
-        if ap > best.reference + tolerance * max(0.0, best.reference):
-            best.reference, best.stale = ap, 0
-        elif math.isfinite(ap):
+        if value > best.reference + tolerance * max(0.0, best.reference):
+            best.reference, best.stale = value, 0
+        elif math.isfinite(value):
             best.stale += 1
 
     def _out_of_patience(self) -> bool:
@@ -206,17 +310,46 @@ class TrainingLoop(ABC, Generic[BatchT]):
         epochs, iterations = self.params["warmup_epochs"], self.params["warmup_iterations"]
         if epochs is not None:
             return round(float(epochs) * self.steps_per_epoch)
-        return round(0.05 * self.total_steps) if iterations == "auto" else int(iterations or 0)
+        share = ONE_CYCLE_RISE if self.params["lr_scheduler"] == "one_cycle" else 0.05
+        return round(share * self.total_steps) if iterations == "auto" else int(iterations or 0)
 
 
-def epoch_order(num_images: int, batch_size: int, seed: int, epoch: int) -> list[Indices]:
-    """Return the image indices of each batch of an epoch; a last batch of one image joins the one before it."""
-    order = np.random.default_rng([seed, epoch]).permutation(num_images)
+def epoch_order(
+    num_images: int, batch_size: int, seed: int, epoch: int, shares: NDArray[np.float64] | None = None
+) -> list[Indices]:
+    """Return the image indices of each batch of an epoch; a last batch of one image joins the one before it.
+
+    Each image comes once, or with ``shares`` (as `sampling_shares` returns) as often as that, rounded up or down.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(num_images)
+    if shares is not None:  # systematic sampling: the least random that keeps the expected numbers
+        steps = np.cumsum(shares[order])
+        order = rng.permutation(
+            order[np.searchsorted(steps, (rng.random() + np.arange(num_images)) * steps[-1] / num_images)]
+        )
     batches = [order[start : start + batch_size] for start in range(0, num_images, batch_size)]
     if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation cannot train on one image's 1x1 maps
         last = batches.pop()
         batches[-1] = np.concatenate([batches[-1], last])
     return batches
+
+
+def sampling_shares(data: Dataset) -> NDArray[np.float64]:
+    """Return how often each image comes in an epoch on average, so that rare classes are seen more; they sum to ``n``.
+
+    An image counts as its rarest class does, sqrt(images of the most frequent class / images of this one) times one
+    without objects or with frequent ones only: the repeat factor of Gupta et al., "LVIS" (2019), with that frequency
+    as its threshold.
+    """
+    images = np.repeat(np.arange(len(data)), data.boxes_per_image())
+    pairs = np.unique(np.stack([images, data.labels]), axis=1)
+    frequency = np.bincount(pairs[1], minlength=len(data.classes))
+    factors = np.ones(len(data))
+    if len(pairs[0]):
+        np.maximum.at(factors, pairs[0], np.sqrt(frequency.max() / frequency[pairs[1]]))
+    shares: NDArray[np.float64] = factors * len(data) / factors.sum()
+    return shares
 
 
 def load_ahead(load: Callable[[int], ItemT], numbers: Iterable[int], num_workers: int) -> Iterator[ItemT]:
@@ -273,4 +406,25 @@ class _Meter:
 
 
 def _headlines(prefix: str, scores: Scores) -> dict[str, float]:
-    return {f"{prefix}/{name}": scores[name] for name in HEADLINES if math.isfinite(scores[name])}
+    return {f"{prefix}/{n}": scores[n] for n in HEADLINES if n in scores and math.isfinite(scores[n])}
+
+
+def _loss_name(part: str) -> str:
+    return f"val/{part}" if part.startswith("loss") else f"val/loss_{part}"
+
+
+def _one_cycle(step: int, total_steps: int, rise_steps: int) -> float:
+    """Return the share of the peak: half a cosine up to the end of the rise, and one down to the last step."""
+    top, last = max(1, rise_steps - 1), total_steps - 1
+    if step <= top:
+        return ONE_CYCLE_START + (1 - ONE_CYCLE_START) * (1 - math.cos(math.pi * step / top)) / 2
+    done = min(1.0, (step - top) / max(1, last - top))
+    return ONE_CYCLE_END + (1 - ONE_CYCLE_END) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _with_boxes(data: Dataset, index: int) -> str:
+    """Name an image and its first boxes, for an error."""
+    sample = data[index]
+    boxes = [f"{name} {np.round(box, 1).tolist()}" for name, box in zip(sample.names, sample.boxes, strict=True)]
+    more = f" and {len(boxes) - _NAMED_BOXES} more" if len(boxes) > _NAMED_BOXES else ""
+    return f"{data.image_ids[index]}: {', '.join(boxes[:_NAMED_BOXES]) or 'no boxes'}{more}"

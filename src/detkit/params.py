@@ -27,12 +27,43 @@ from detkit.errors import InvalidValue, UnknownName
 Epochs: TypeAlias = Annotated[int, Meta(ge=1, description="passes over the training images")]
 Iterations: TypeAlias = Annotated[int, Meta(ge=1, description="optimizer steps, instead of epochs")]
 BatchSize: TypeAlias = Annotated[int, Meta(ge=1, description="images per optimizer step over all devices")]
+AutoBatchSize: TypeAlias = Annotated[
+    Annotated[int, Meta(ge=1)] | Literal["auto"],
+    Meta(
+        description="images per optimizer step over all devices; auto: as many as are estimated to fit into memory, "
+        "a power of two, at most 64"
+    ),
+]
+GradAccumulation: TypeAlias = Annotated[
+    int,
+    Meta(ge=1, description="passes that a batch is divided into, for less memory; the step is taken on all of them"),
+]
+Sampling: TypeAlias = Annotated[
+    Literal["uniform", "class_balanced"],
+    Meta(
+        description="which images an epoch has: each once, or as many, those of a rare class more often: "
+        "sqrt(images of the most frequent class / its own) times"
+    ),
+]
 LearningRate: TypeAlias = Annotated[float, Meta(gt=0, description="peak learning rate, at the batch size given")]
+LrBatchSize: TypeAlias = Annotated[
+    int,
+    Meta(
+        ge=1,
+        description="linear scaling rule: the batch size that learning_rate is meant for; it is multiplied by "
+        "batch_size / lr_batch_size; none: it is taken as it is",
+    ),
+]
 LrScheduler: TypeAlias = Annotated[
-    Literal["cosine", "step", "constant"], Meta(description="how the learning rate falls after warm-up")
+    Literal["cosine", "step", "one_cycle", "constant"],
+    Meta(
+        description="how the learning rate falls after warm-up; one_cycle: rises from a 25th of the peak over 30 % of "
+        "the steps, unless a warm-up is given, and falls to a 250,000th"
+    ),
 ]
 LrSchedulerStep: TypeAlias = Annotated[
-    tuple[int, ...], Meta(description="epochs after which the 'step' schedule multiplies by lr_scheduler_factor")
+    tuple[int, ...],
+    Meta(description="epochs after each of which the 'step' schedule multiplies by lr_scheduler_factor"),
 ]
 LrSchedulerFactor: TypeAlias = Annotated[float, Meta(gt=0, le=1, description="factor of the 'step' schedule")]
 WarmupEpochs: TypeAlias = Annotated[float, Meta(ge=0, description="epochs of linear warm-up")]
@@ -44,6 +75,13 @@ Optimizer: TypeAlias = Annotated[Literal["sgd", "adam", "adamw", "rmsprop", "ada
 Momentum: TypeAlias = Annotated[float, Meta(ge=0, lt=1, description="momentum of sgd")]
 WeightDecay: TypeAlias = Annotated[float, Meta(ge=0, description="weight decay; none on biases and norms")]
 GradientClip: TypeAlias = Annotated[float, Meta(gt=0, description="largest global norm of the gradient")]
+Amp: TypeAlias = Annotated[
+    Literal["bf16", "fp16"],
+    Meta(description="automatic mixed precision: what matrix products are computed in; fp16 needs a GPU"),
+]
+FrozenStages: TypeAlias = Annotated[
+    int, Meta(ge=0, description="stages of the backbone, from the image on, whose weights stay as they are")
+]
 EmaDecay: TypeAlias = Annotated[
     float,
     Meta(gt=0, lt=1, description="decay a step of the moving average of the weights, which is what is scored and kept"),
@@ -56,11 +94,11 @@ Weights: TypeAlias = Annotated[
     str | None, Meta(description="coco, imagenet, auto (from the cache), none, a file, or a run to start from")
 ]
 EarlyStoppingPatience: TypeAlias = Annotated[
-    int, Meta(ge=1, description="validations without a better AP after which training ends; none: it never does")
+    int, Meta(ge=1, description="validations without a better score after which training ends; none: it never does")
 ]
 EarlyStoppingMinEpochs: TypeAlias = Annotated[int, Meta(ge=0, description="epochs that early stopping waits for")]
 EarlyStoppingTolerance: TypeAlias = Annotated[
-    float, Meta(ge=0, le=1, description="gain, as a share of the best AP so far, that counts as better")
+    float, Meta(ge=0, le=1, description="gain, as a share of the best score so far, that counts as better")
 ]
 Seed: TypeAlias = Annotated[int, Meta(ge=0, lt=2**32, description="seed of weights, order and augmentation")]
 MaxDetections: TypeAlias = Annotated[
@@ -68,6 +106,10 @@ MaxDetections: TypeAlias = Annotated[
     Meta(description="detections kept per image; auto: max(100, 2 x the busiest training image)"),
 ]
 NmsThreshold: TypeAlias = Annotated[float, Meta(gt=0, le=1, description="IoU above which the weaker of two boxes goes")]
+BestMetric: TypeAlias = Annotated[
+    Literal["AP", "AP50", "AP75", "mask_AP"],
+    Meta(description="the validation score by which weights are kept and early stopping judges"),
+]
 ValidateEvery: TypeAlias = Annotated[
     str, Meta(pattern=r"^[1-9]\d* (epoch|iteration)s?$", description="when to score the validation images")
 ]
@@ -79,7 +121,10 @@ CANONICAL: Mapping[str, Any] = {
     "epochs": Epochs,
     "iterations": Iterations,
     "batch_size": BatchSize,
+    "grad_accumulation": GradAccumulation,
+    "sampling": Sampling,
     "learning_rate": LearningRate,
+    "lr_batch_size": LrBatchSize,
     "lr_scheduler": LrScheduler,
     "lr_scheduler_step": LrSchedulerStep,
     "lr_scheduler_factor": LrSchedulerFactor,
@@ -90,11 +135,14 @@ CANONICAL: Mapping[str, Any] = {
     "weight_decay": WeightDecay,
     "gradient_clip": GradientClip,
     "ema_decay": EmaDecay,
+    "amp": Amp,
+    "frozen_stages": FrozenStages,
     "image_size": ImageSize,
     "weights": Weights,
     "early_stopping_patience": EarlyStoppingPatience,
     "early_stopping_min_epochs": EarlyStoppingMinEpochs,
     "early_stopping_tolerance": EarlyStoppingTolerance,
+    "best_metric": BestMetric,
     "seed": Seed,
     "max_detections": MaxDetections,
     "nms_threshold": NmsThreshold,
@@ -102,6 +150,9 @@ CANONICAL: Mapping[str, Any] = {
     "checkpoint_every": CheckpointEvery,
 }
 """Every canonical name and its type; a plugin that uses a name uses its type (`BackendTests` checks)."""
+
+VARIANTS: Mapping[str, Any] = {"batch_size": AutoBatchSize}
+"""Types that a plugin may give a canonical name instead, as its engine can do more."""
 
 INSTEAD: Mapping[str, str] = {"iterations": "epochs", "warmup_iterations": "warmup_epochs"}
 """Parameters of which only one has a value."""
@@ -121,7 +172,9 @@ class LoopParams(Params, frozen=True, kw_only=True):
     epochs: Epochs | None = 30
     iterations: Iterations | None = None
     batch_size: BatchSize = 8
+    sampling: Sampling = "uniform"
     learning_rate: LearningRate = 1e-3
+    lr_batch_size: LrBatchSize | None = None
     lr_scheduler: LrScheduler = "cosine"
     lr_scheduler_step: LrSchedulerStep = ()
     lr_scheduler_factor: LrSchedulerFactor = 0.1
@@ -132,6 +185,7 @@ class LoopParams(Params, frozen=True, kw_only=True):
     early_stopping_patience: EarlyStoppingPatience | None = None
     early_stopping_min_epochs: EarlyStoppingMinEpochs = 0
     early_stopping_tolerance: EarlyStoppingTolerance = 0.0
+    best_metric: BestMetric = "AP"
     seed: Seed = 0
 
 

@@ -92,7 +92,7 @@ def test_ctrl_c_keeps_the_checkpoint_and_resume_continues(cli: Any, data: Path, 
         stdout=subprocess.PIPE,
         text=True,
     )
-    _wait_for(tmp_path / "runs/mine/checkpoints/last.npz")
+    _wait_for(tmp_path / "runs/mine/checkpoints", "step-*")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -156,8 +156,8 @@ def test_explain_shows_where_values_come_from(cli: Any, tmp_path: Path) -> None:
     assert cli("explain", *ECHO, "some/data", cwd=tmp_path).code == 2
 
 
-def _wait_for(file: Path) -> None:
+def _wait_for(folder: Path, pattern: str) -> None:
     deadline = time.monotonic() + 60
-    while not file.is_file():
-        assert time.monotonic() < deadline, f"{file} did not appear"
+    while not any(folder.glob(pattern)):
+        assert time.monotonic() < deadline, f"{folder}/{pattern} did not appear"
         time.sleep(0.02)

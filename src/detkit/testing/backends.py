@@ -35,7 +35,7 @@ from detkit.evaluation import evaluate
 from detkit.exporting import export
 from detkit.files import file_sha256
 from detkit.io import read_dataset
-from detkit.params import CANONICAL
+from detkit.params import CANONICAL, VARIANTS
 from detkit.predictor import Predictor
 from detkit.runs import Run
 from detkit.scores import SCORE_FLOOR, score
@@ -107,7 +107,7 @@ class BackendTests:
         params = backend.spec(self.model).params
         hints = typing.get_type_hints(type(params), include_extras=True)
         for name in set(hints) & set(CANONICAL):
-            expected = {CANONICAL[name], typing.Optional[CANONICAL[name]]}  # noqa: UP045
+            expected = {CANONICAL[name], typing.Optional[CANONICAL[name]], VARIANTS.get(name)}  # noqa: UP045
             assert hints[name] in expected, f"{name} is a canonical name: give it the type of detkit.params"
         assert msgspec.convert(msgspec.to_builtins(params), type(params)) == params
         names = [*params.__struct_fields__, *backend.options.__struct_fields__, *OWN_SETTINGS]

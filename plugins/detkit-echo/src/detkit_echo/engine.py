@@ -16,6 +16,7 @@ from PIL import Image as PillowImage
 
 from detkit.backends import Engine, PredictOptions
 from detkit.boxes import Boxes, clip
+from detkit.checkpoints import Checkpoints
 from detkit.data import Dataset, Indices
 from detkit.detections import Detections
 from detkit.errors import NonFiniteLoss, Unsupported
@@ -196,16 +197,19 @@ def validate(memory: Memory, data: Dataset, max_detections: int) -> Any:
 def save_checkpoint(workspace: Workspace, memory: Memory, rng: np.random.Generator, epochs_done: int) -> None:
     """Leave everything that continuing exactly needs."""
     state = json.dumps({"epochs_done": epochs_done, "rng": rng.bit_generator.state})
-    with atomic_write(workspace.checkpoints / "last.npz") as file:
-        np.savez(file, thumbnails=memory.thumbnails, state=np.frombuffer(state.encode(), dtype=np.uint8))
+    encoded = np.frombuffer(state.encode(), dtype=np.uint8)
+    step = epochs_done * len(memory.thumbnails)
+    Checkpoints(workspace.checkpoints).save(
+        step, lambda file: np.savez(file, thumbnails=memory.thumbnails, state=encoded)
+    )
 
 
 def resume(workspace: Workspace, memory: Memory, rng: np.random.Generator) -> int:
-    """Restore the last checkpoint, if there is one, and return the number of epochs done."""
-    file = workspace.checkpoints / "last.npz"
-    if not file.is_file():
+    """Restore the newest whole checkpoint, if there is one, and return the number of epochs done."""
+    found = Checkpoints(workspace.checkpoints).newest(lambda message: workspace.log("log", {"message": message}))
+    if found is None:
         return 0
-    with np.load(file, allow_pickle=False) as saved:
+    with np.load(found.path, allow_pickle=False) as saved:
         memory.thumbnails[:] = saved["thumbnails"]
         state = json.loads(saved["state"].tobytes())
     rng.bit_generator.state = state["rng"]

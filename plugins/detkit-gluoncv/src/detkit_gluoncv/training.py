@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import msgspec
 import numpy as np
@@ -13,8 +14,8 @@ import numpy as np
 from detkit.data import Dataset
 from detkit.files import atomic_write
 from detkit.images import Image
-from detkit.job import Job, Trained, WeightsOrigin, Workspace
-from detkit.loop import Best, TrainingLoop, load_ahead, loading_threads
+from detkit.job import Job, Trained, Workspace
+from detkit.loop import Counters, TrainingLoop, load_ahead, loading_threads
 from detkit.scores import SCORE_FLOOR, Scores, score
 from detkit_gluoncv.batches import Batch, Targets, change, normalise, shrink, target
 from detkit_gluoncv.detector import SsdDetector
@@ -46,7 +47,6 @@ class Training(TrainingLoop[Batch]):
         self.image_size = network.size if self.params["image_size"] == "auto" else int(self.params["image_size"])
         self.validation, self.test = self._readable("validation"), self._readable("test")
         self.loss = SSDMultiBoxLoss(min_hard_negatives=self.params["min_hard_negatives"])
-        self.origin = WeightsOrigin()
 
     def run(self) -> Trained:
         self.prepare()
@@ -57,21 +57,18 @@ class Training(TrainingLoop[Batch]):
     def prepare(self) -> None:
         """Put the network, its weights and the optimizer where training begins, or where a checkpoint left them."""
         mx.random.seed(self.params["seed"] % 2**31)
-        resumed = self._checkpoint_file.is_file()
-        if resumed:
+        if self.resumes:
             self.net: Net = build(self.job.model, self.job.classes)
         else:
             self.net, self.origin = initialise(self.job, self.workspace)
-            if self.origin.kept or self.origin.new:
-                kept, new = ", ".join(self.origin.kept) or "none", ", ".join(self.origin.new) or "none"
-                self.say(f"weights from {self.origin.source}: kept {kept}; fresh {new}")
+            self.tell_origin()
         self.net.collect_params().reset_ctx(self.context)
         if self.params["freeze"] is not None:
             frozen = freeze(self.net, self.params["freeze"])
             self.say(f"{len(frozen)} parameters stay as they are: {frozen[0]} ... {frozen[-1]}")
         self.trainer = self._make_trainer()
-        if resumed:
-            self._restore()
+        if self.resumes:
+            self.resume()
         self.targets = Targets(anchors(self.net, self.image_size, self.context))
         self.net.hybridize(static_alloc=True, static_shape=True)
 
@@ -130,44 +127,32 @@ class Training(TrainingLoop[Batch]):
     def snapshot(self) -> dict[str, np.ndarray]:
         return state(self.net)
 
-    def save_checkpoint(self) -> None:
-        best = dict(vars(self.best))
-        best_state = best.pop("state") or {}
-        counters = {"step": self.step, "best": best, "origin": msgspec.to_builtins(self.origin)}
+    def write_state(self, file: IO[bytes], counters: Counters) -> None:
         arrays = {
             "counters": np.frombuffer(msgspec.json.encode(counters), dtype=np.uint8),
             **{f"network/{name}": value for name, value in state(self.net).items()},
-            **{f"best/{name}": value for name, value in best_state.items()},
+            **{f"best/{name}": value for name, value in (self.best.state or {}).items()},
             **{f"optimizer/{name}": value for name, value in self._optimizer_state().items()},
         }
-        with atomic_write(self._checkpoint_file) as file:
-            np.savez(file, **arrays)
+        np.savez(file, **arrays)
 
-    @property
-    def _checkpoint_file(self) -> Any:
-        return self.workspace.checkpoints / "last.npz"
-
-    def _restore(self) -> None:
-        with np.load(self._checkpoint_file, allow_pickle=False) as saved:
+    def read_state(self, file: Path) -> tuple[Counters, dict[str, np.ndarray] | None]:
+        with np.load(file, allow_pickle=False) as saved:
             arrays = {name: saved[name] for name in saved.files}
-        counters = msgspec.json.decode(arrays.pop("counters").tobytes())
+        counters = msgspec.json.decode(arrays.pop("counters").tobytes(), type=Counters)
 
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}
 
         set_state(self.net, part("network/"))
-        self.step = int(counters["step"])
-        self._set_optimizer_state(part("optimizer/"))
-        self.best = Best(**counters["best"], state=part("best/") or None)
-        self.origin = msgspec.convert(counters["origin"], WeightsOrigin)
-        self.log("state", {"state": "resumed"})
-        self.say(f"resumed after step {self.step} of {self.total_steps}")
+        self._set_optimizer_state(part("optimizer/"), counters.step)
+        return counters, part("best/") or None
 
     def _make_trainer(self) -> Any:
         for name, parameter in parameters(self.net).items():
             if name.endswith(("bias", "gamma", "beta", "scale")):
                 parameter.wd_mult = 0.0
-        options = {"learning_rate": self.params["learning_rate"], "wd": self.params["weight_decay"]}
+        options = {"learning_rate": self.peak_learning_rate, "wd": self.params["weight_decay"]}
         if self.params["optimizer"] == "sgd":
             options["momentum"] = self.params["momentum"]
         return mx.gluon.Trainer(self.net.collect_params(), self.params["optimizer"], options, kvstore=None)
@@ -184,7 +169,7 @@ class Training(TrainingLoop[Batch]):
             for name, array in self._arrays(self.trainer._params[index], memory)
         }
 
-    def _set_optimizer_state(self, saved: dict[str, np.ndarray]) -> None:
+    def _set_optimizer_state(self, saved: dict[str, np.ndarray], step: int) -> None:
         updater, optimizer = self.trainer._updaters[0], self.trainer._optimizer
         optimizer._set_current_context(self.context.device_id)  # steps are counted for each device
         for index, parameter in enumerate(self.trainer._params):
@@ -194,8 +179,8 @@ class Training(TrainingLoop[Batch]):
             for name, array in self._arrays(parameter, memory):
                 array[:] = mx.nd.array(saved[name], ctx=self.context)
             updater.states[index], updater.states_synced[index] = memory, True
-            optimizer._index_update_count[index] = self.step
-        optimizer.num_update = self.step
+            optimizer._index_update_count[index] = step
+        optimizer.num_update = step
 
     def _arrays(self, parameter: Any, memory: Any) -> Iterator[tuple[str, Any]]:
         """Yield the arrays of an optimizer's memory of one parameter, and a name for each."""

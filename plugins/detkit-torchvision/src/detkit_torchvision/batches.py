@@ -23,7 +23,7 @@ from detkit_torchvision.models import Targets, final_size
 _CACHE_SHARE = 0.25
 """Share of the memory that decoded images may take."""
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """A container's own limit (Linux, cgroup v2): a number of bytes, or ``max``."""
 
 _MOSAIC_SHARE = 0.4
@@ -51,7 +51,7 @@ def resize(image: Image, width: int, height: int) -> Tensor:
 def cache_budget() -> int:
     """Return how many bytes of decoded images may be kept in memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if _CGROUP_LIMIT.is_file() and (limit := _CGROUP_LIMIT.read_text().strip()).isdigit():
+    if CGROUP_LIMIT.is_file() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
         memory = min(memory, int(limit))
     return int(_CACHE_SHARE * memory)
 
@@ -94,8 +94,9 @@ def load_batch(
     seeds: Sequence[Sequence[int]],
     label_offset: int,
     augmentations: Sequence[str],
+    scale: float = 1.0,
 ) -> Batch:
-    """Return the images of one step, each changed at random by a seed of its own."""
+    """Return the images of one step, each changed at random by a seed of its own, ``scale`` times the input size."""
     images, targets = [], []
     for index, seed in zip(indices, seeds, strict=True):
         rng = np.random.default_rng(seed)
@@ -104,6 +105,10 @@ def load_batch(
         else:
             image, (boxes, labels) = inputs.image(index), inputs.target(index, label_offset)
         image, boxes, labels = augment(image, boxes, labels, augmentations, rng)
+        if scale != 1:
+            height, width = (max(1, round(side * scale)) for side in image.shape[-2:])
+            boxes = boxes * np.array([width / image.shape[-1], height / image.shape[-2]] * 2)
+            image = F.resize(image, [height, width], antialias=True)
         images.append(image)
         targets.append({"boxes": torch.from_numpy(boxes).float(), "labels": torch.from_numpy(labels)})
     return Batch(images, targets, list(indices))

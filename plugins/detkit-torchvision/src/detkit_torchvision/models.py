@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
@@ -22,6 +23,8 @@ from detkit_torchvision.stock import STOCK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from detkit.data import Dataset
 
 Targets = list[dict[str, Tensor]]
 
@@ -58,6 +61,17 @@ def final_size(name: str, image_size: int, width: int, height: int) -> tuple[int
         return image_size, image_size
     scale = min(image_size / min(width, height), round(image_size * max_ratio) / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def input_size(wanted: int | str, model: str, data: Dataset) -> int:
+    """The network's input size; ``auto`` is torchvision's, or for our own models the data's, 160 to 320."""
+    if wanted != "auto":
+        return int(wanted)
+    spec = MODELS[model]
+    if spec.coco is not None:
+        return spec.image_size
+    median = float(np.median(data.sizes.max(axis=1)))
+    return int(np.clip(32 * round(median / 32), 160, 320))
 
 
 class Normalize(nn.Module):

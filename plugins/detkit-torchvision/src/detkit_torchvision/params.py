@@ -14,7 +14,11 @@ from msgspec.structs import replace
 from detkit.backends import LocalOptions, ModelSpec, Suggestion
 from detkit.errors import InvalidValue, WeightsMissing
 from detkit.params import (
+    Amp,
+    AutoBatchSize,
     EmaDecay,
+    FrozenStages,
+    GradAccumulation,
     GradientClip,
     ImageSize,
     LearningRate,
@@ -34,13 +38,28 @@ Augmentation = Literal["hflip", "vflip", "zoom", "color", "mosaic"]
 class TorchvisionParams(LoopParams, frozen=True):
     """Hyperparameters; the defaults are those of our own small family, learned from scratch."""
 
+    batch_size: AutoBatchSize = 8
+    grad_accumulation: GradAccumulation = 1
     learning_rate: LearningRate = 3e-3
     optimizer: Optimizer = "adamw"
     momentum: Momentum = 0.9
     weight_decay: WeightDecay = 0.02
     gradient_clip: GradientClip | None = 10.0
     ema_decay: EmaDecay | None = None
+    amp: Amp | None = None
+    frozen_stages: FrozenStages = 0
+    batch_norm: Annotated[
+        Literal["auto", "train", "frozen"],
+        Meta(
+            description="whether batch norms learn or keep their weights and statistics; auto: as torchvision trains "
+            "the model: frozen for its first versions where they start from weights"
+        ),
+    ] = "auto"
     image_size: ImageSize = "auto"
+    multi_scale: Annotated[
+        float,
+        Meta(ge=0, lt=1, description="how far the size of a step's images may lie from image_size, as a share of it"),
+    ] = 0.0
     augmentations: Annotated[
         tuple[Augmentation, ...],
         Meta(
@@ -192,6 +211,8 @@ def require(model: str, params: Params) -> None:
     size = _ONLY_SIZE.get(model)
     if size is not None and params.image_size not in {"auto", size}:
         raise InvalidValue("image_size", params.image_size, f"{model} takes inputs of {size} pixels only")
+    if size is not None and params.multi_scale:
+        raise InvalidValue("multi_scale", params.multi_scale, f"{model} takes inputs of {size} pixels only")
     if params.weights == "auto" and not (path := weights_cache() / COCO_FILES[model]).is_file():
         raise WeightsMissing("auto", model, path, "they are not in the cache; weights=coco would fetch them")
 

@@ -49,5 +49,7 @@ class Spec:
     std: tuple[float, float, float] = _IMAGENET_STD
     coco: Any = None
     """torchvision's enum member for weights trained on COCO."""
+    frozen_norms: bool = False
+    """Whether torchvision trains it with frozen batch norms when it starts from weights (its `FrozenBatchNorm2d`)."""
     coco_without_eps: bool = False
     """Whether the batch norms behind those weights divide by the variance alone (torchvision's `overwrite_eps`)."""

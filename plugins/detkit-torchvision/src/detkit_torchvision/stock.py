@@ -67,6 +67,7 @@ STOCK: Mapping[str, Spec] = {
         label_offset=1,
         nms_threshold=0.5,
         max_ratio=640 / 320,
+        frozen_norms=True,
         coco=detection.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1,
     ),
     "ssd300_vgg16": Spec(
@@ -83,12 +84,14 @@ STOCK: Mapping[str, Spec] = {
         partial(_faster_rcnn, detection.fasterrcnn_mobilenet_v3_large_fpn, 1000),
         label_offset=1,
         nms_threshold=0.5,
+        frozen_norms=True,
         coco=detection.FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1,
     ),
     "retinanet_resnet50_fpn": _at_800(
         partial(_one_stage, detection.retinanet_resnet50_fpn, 1000),
         label_offset=0,
         nms_threshold=0.5,
+        frozen_norms=True,
         coco=detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
         coco_without_eps=True,
     ),
@@ -96,6 +99,7 @@ STOCK: Mapping[str, Spec] = {
         partial(_faster_rcnn, detection.fasterrcnn_resnet50_fpn, 1000),
         label_offset=1,
         nms_threshold=0.5,
+        frozen_norms=True,
         coco=detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
         coco_without_eps=True,
     ),
@@ -103,6 +107,7 @@ STOCK: Mapping[str, Spec] = {
         partial(_one_stage, detection.fcos_resnet50_fpn, 1000),
         label_offset=0,
         nms_threshold=0.6,
+        frozen_norms=True,
         coco=detection.FCOS_ResNet50_FPN_Weights.COCO_V1,
     ),
     "retinanet_resnet50_fpn_v2": _at_800(

@@ -112,7 +112,7 @@ def _copy(model: Any, job: Job, state: dict[str, Tensor], classes: list[str | No
             f"for example {', '.join(report.skipped[:3])}"
         )
     digest = file_sha256(path) if path.is_file() else file_sha256(path / ARTIFACT)
-    return WeightsOrigin(source=str(path), sha256=digest, kept=report.kept, new=report.new)
+    return WeightsOrigin(source=str(path), sha256=digest, **vars(report))
 
 
 def _classes_of(model: Any, job: Job, state: dict[str, Tensor], path: Path) -> list[str | None]:
