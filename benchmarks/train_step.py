@@ -33,10 +33,10 @@ from detkit.formats.checks import prepare
 from detkit.job import Job, Workspace
 from detkit.shapes import write_shapes
 from detkit_torchvision.devices import keep_freed_memory
-from detkit_torchvision.engine import Training
 from detkit_torchvision.models import MODELS, build
 from detkit_torchvision.params import MODELS as SPECS
 from detkit_torchvision.params import TorchvisionOptions
+from detkit_torchvision.training import Training
 
 CASES = {
     "ssd_tiny": (160, 8),

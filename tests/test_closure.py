@@ -31,6 +31,7 @@ PUBLIC = [
     "export",
     "merge",
     "open_run",
+    "plot",
     "read_dataset",
     "read_predictions",
     "remap",

@@ -12,6 +12,7 @@ from detkit.data import Dataset, Sample
 from detkit.detections import Detections
 from detkit.drawing import PALETTE, colour_of, comparison_sheet, draw, sheet, write_picture
 from detkit.errors import ImageError, InvalidValue, StorageError, UsageError
+from detkit.masks import encode
 
 CLASSES = ("bolt", "Schraube größer als 10 mm", "螺丝")
 GREY = 128
@@ -112,6 +113,31 @@ def test_ground_truth_is_dashed_and_labelled_where_it_was_missed() -> None:
     assert np.array_equal(
         changed(draw(grey(), low, truth=truth, labels=True))[:42], changed(draw(grey(), low, labels=True))[:42]
     )
+
+
+@pytest.mark.parametrize("min_side", [0, 400])
+def test_masks_are_filled_and_let_the_image_through(min_side: int) -> None:
+    """Inside of a mask the grey is tinted, on its edge more so, and around it nothing changes."""
+    y, x = np.mgrid[:200, :200]
+    disc = (x - 100) ** 2 + (y - 100) ** 2 < 50**2
+    square = [[60, 60, 140, 60, 140, 140, 60, 140]]
+    for mask, inside, edge, outside in (
+        (encode(disc), (100, 100), (100, 51), (58, 58)),
+        (square, (100, 100), (100, 60), (57, 100)),
+    ):
+        found = Detections.from_arrays([[50, 50, 150, 150]], [0.9], labels=[0], classes=["a"], masks=[mask])
+        truth = Sample(path="", width=200, height=200, boxes=found.boxes, names=("a",), masks=found.masks)
+        for picture in (
+            draw(grey(), found, min_side=min_side),
+            draw(grey(), truth=truth, classes=["a"], min_side=min_side),
+        ):
+            factor = picture.width // 200
+            shades = [np.array(picture.getpixel((px * factor, py * factor))) for px, py in (inside, edge, outside)]
+            before, colour = grey()[0, 0].astype(int), np.array(colour_of("a", ["a"]))
+            shares = [float(np.abs(shade - before).sum() / np.abs(colour - before).sum()) for shade in shades]
+            assert 0.2 < shares[0] < 0.5
+            assert shares[1] > shares[0] + 0.15
+            assert shares[2] == 0
 
 
 def test_small_images_are_enlarged_to_the_side_asked_for() -> None:

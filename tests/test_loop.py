@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detkit.detections import Detections
-from detkit.errors import NonFiniteLoss
-from detkit.job import Event, Job, Workspace
-from detkit.loop import Counters, TrainingLoop, epoch_order, load_ahead
+from detkit.errors import NonFiniteLoss, UsageError
+from detkit.job import Continued, Event, Job, Workspace
+from detkit.loop import Counters, TrainingLoop, load_ahead
+from detkit.sampling import class_balanced_shares, epoch_order
 from detkit.scores import Scores, score
 from detkit.testing import tiny_dataset
 
@@ -98,9 +99,12 @@ def make(tmp_path: Path) -> Any:
     data = tiny_dataset(tmp_path / "images")
     numbers = iter(range(100))
 
-    def make(shares: list[float] | None = None, after: Walk | None = None, **params: Any) -> Walk:
+    def make(
+        shares: list[float] | None = None, after: Walk | None = None, continued: int | None = None, **params: Any
+    ) -> Walk:
+        origin = None if continued is None else Continued(run="first", manifest="", step=continued)
         job = Job(backend="walk", engine="tests:Walk", model="walk", params={**DEFAULTS, **params}, options={},
-                  classes=list(data.classes))  # fmt: skip
+                  classes=list(data.classes), continued_from=origin)  # fmt: skip
         workspace = Workspace(tmp_path / f"run{next(numbers)}")
         workspace.create(job)
         workspace.write_dataset("train", data, [""] * len(data))
@@ -149,6 +153,104 @@ def test_schedules(make: Any) -> None:
     assert make(epochs=None, iterations=40, warmup_iterations="auto").warmup_steps == 2
 
 
+def test_one_cycle_rises_and_falls(make: Any) -> None:
+    loop = make(lr_scheduler="one_cycle", warmup_iterations="auto", epochs=10)
+    rates = [loop.learning_rate(step) for step in range(loop.total_steps)]
+    assert (loop.total_steps, loop.warmup_steps) == (30, 9)
+    assert rates[0] == pytest.approx(0.1 / 25)
+    assert rates.index(max(rates)) == 8
+    assert max(rates) == pytest.approx(0.1)
+    assert rates[-1] == pytest.approx(0.1 / 25e4)
+    assert rates == sorted(rates[:9]) + sorted(rates[9:], reverse=True)
+    shorter = make(lr_scheduler="one_cycle", warmup_epochs=1.0, epochs=10)
+    assert [shorter.learning_rate(step) for step in (2, 3)] == pytest.approx([0.1, 0.1], rel=0.01)
+
+
+def test_linear_scaling(make: Any) -> None:
+    """The peak belongs to a batch of ``lr_batch_size`` images; the shape of the schedule is the same."""
+    plain, scaled = make(warmup_iterations=2), make(warmup_iterations=2, lr_batch_size=12)
+    assert scaled.peak_learning_rate == pytest.approx(0.1 * 3 / 12)
+    for step in range(plain.total_steps):
+        assert scaled.learning_rate(step) == pytest.approx(plain.learning_rate(step) / 4)
+
+
+def test_class_balanced_epochs(tmp_path: Path) -> None:
+    """Every epoch has as many images as there are, a rare class's as often as its share says, rounded."""
+    data = tiny_dataset(tmp_path)
+    shares = class_balanced_shares(data)
+    assert shares.sum() == pytest.approx(len(data))
+    images = {name: {s.image_id for s in data if name in s.names} for name in data.classes}
+    often = max(map(len, images.values()))
+    for sample, share in zip(data, shares / shares.min(), strict=True):
+        expected = max([1.0, *(np.sqrt(often / len(images[name])) for name in sample.names)])
+        assert share == pytest.approx(expected)
+    drawn = np.zeros(len(data))
+    for epoch in range(200):
+        order = np.concatenate(epoch_order(len(data), 3, 0, epoch, shares))
+        counts = np.bincount(order, minlength=len(data))
+        assert len(order) == len(data)
+        assert (np.abs(counts - shares) < 1).all()
+        drawn += counts
+    assert drawn / 200 == pytest.approx(shares, abs=0.1)
+
+
+def test_a_balanced_run_changes_an_image_anew_each_time(make: Any) -> None:
+    loop = make(sampling="class_balanced")
+    assert loop.image_seed(0, 3) != loop.image_seed(1, 3)
+    uniform = make()
+    assert uniform.image_seed(0, 3) == uniform.image_seed(1, 3) != uniform.image_seed(3, 3)
+
+
+def test_another_number_of_epochs_goes_on_from_the_checkpoint(make: Any) -> None:
+    """It says what becomes of the schedule, and patience begins anew."""
+    shares = [0.5, 0.4, 0.4, 0.4, 0.4, 0.9]
+    short = run(make(shares=shares, epochs=4, early_stopping_patience=2))
+    assert short.step == 9
+    assert short.best.stale == 2
+    longer = make(shares=shares, after=short, early_stopping_patience=2)
+    assert longer.best.stale == 0
+    told = [event.values["message"] for event in longer.workspace_events() if event.kind == "log"]
+    assert told[-1].startswith("the cosine schedule spans 18 steps instead of 12: the learning rate goes on at 0.05")
+    assert run(longer).step == 15
+
+
+def test_a_run_that_goes_on_after_early_stopping_has_its_patience_anew(make: Any) -> None:
+    """It may get no more steps than the first was given, as that one did not use them."""
+    shares, patience = [0.5, 0.4, 0.4, 0.4, 0.4, 0.9], {"early_stopping_patience": 2}
+    short = run(make(shares=shares, **patience))
+    assert (short.step, short.total_steps) == (9, 18)
+    longer = run(make(shares=shares, after=short, continued=9, **patience))
+    assert longer.step == 15
+    assert run(make(shares=shares, after=longer, continued=9, **patience)).step == 15, "resumed, it has stopped already"
+
+
+def test_the_learning_rate_that_was_had_the_warm_up_of_its_own_length(make: Any) -> None:
+    short = run(make(epochs=2, warmup_iterations="auto", lr_scheduler="constant"))
+    longer = make(epochs=60, after=short, warmup_iterations="auto", lr_scheduler="constant")
+    told = [event.values["message"] for event in longer.workspace_events() if event.kind == "log"]
+    assert longer.warmup_steps == 9
+    assert told[-1].endswith("the learning rate goes on at 0.0778, it was 0.1")
+
+
+def test_validation_losses_stand_beside_the_scores(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = make(shares=[0.5] * 6)
+    monkeypatch.setattr(loop, "validation_losses", lambda: {"loss": 2.0, "loss_rpn": 0.5, "classification": 1.5})
+    run(loop)
+    [row, *_] = [event.values for event in loop.workspace_events() if "val/AP" in event.values]
+    assert (row["val/loss"], row["val/loss_rpn"], row["val/loss_classification"]) == (2.0, 0.5, 1.5)
+    assert loop.best.metrics["val/loss"] == 2.0
+
+
+def test_judged_by_another_score(make: Any) -> None:
+    loop = run(make(shares=[0.2, 0.9, 0.5, 0.5, 0.5, 0.5], best_metric="AP50"))
+    rows = [event.values["val/AP50"] for event in loop.workspace_events() if "val/AP50" in event.values]
+    assert loop.best.value == max(rows)
+    with pytest.raises(
+        UsageError, match="best_metric=mask_AP: the validation has no such score; it has AP, AP50, AP75"
+    ):
+        run(make(shares=[0.2] * 6, best_metric="mask_AP"))
+
+
 def test_the_best_weights_are_kept(make: Any) -> None:
     loop = run(make(shares=[0.2, 0.5, 0.9, 0.4, 0.9, 0.1]))
     rows = [event for event in loop.workspace_events() if "val/AP" in event.values]
@@ -165,15 +267,21 @@ def test_the_best_weights_are_kept(make: Any) -> None:
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(make: Any) -> None:
     shares = [0.2, 0.9, 0.5, 0.5, 0.5, 0.5]
-    whole = run(make(shares=shares))
-    cut = make(shares=shares)
+    often = {"checkpoint_every": "2 iterations"}
+    whole = run(make(shares=shares, **often))
+    cut = make(shares=shares, **often)
     for step in cut.steps():
-        if step == 10:  # one step after the checkpoint of the third epoch
+        if step == 11:  # one step after the checkpoint, which is one step after a mean was logged
             break
-    again = make(shares=shares, after=cut)
-    assert again.step == 9
+    again = make(shares=shares, after=cut, **often)
+    assert again.step == 10
     run(again)
     assert (again.weight, again.best) == (whole.weight, whole.best)
+    means = [
+        [event.values["train/loss"] for event in loop.workspace_events() if "train/loss" in event.values]
+        for loop in (whole, again)
+    ]
+    assert means[0][-len(means[1]) :] == means[1], "what was logged after the checkpoint, its first mean included"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +311,10 @@ def test_a_loss_that_is_not_finite_stops_the_step(make: Any) -> None:
     with pytest.raises(NonFiniteLoss, match="iteration 5") as caught:
         run(loop)
     assert loop.step == 4
-    assert all(loop.data.image_ids[index] in str(caught.value) for index in loop.batch_indices(4))
+    for index in loop.batch_indices(4):
+        first = loop.data[index]
+        box = f" {first.names[0]} {np.round(first.boxes[0], 1).tolist()}" if len(first.names) else " no boxes"
+        assert f"\n  {first.image_id}:{box}" in str(caught.value)
 
 
 def test_loading_ahead_keeps_order_and_stays_ahead() -> None:

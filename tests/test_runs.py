@@ -25,6 +25,7 @@ from detkit import Dataset, Detections, Predictor, Trainer, open_run
 from detkit.errors import RunExists, RunFailed, StorageError, UnknownName, UsageError, WorkerDied
 from detkit.files import write_json
 from detkit.job import Event, Job, Workspace
+from detkit.processes import HELD_CODE
 from detkit.runs import LocalRun, Run
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -159,6 +160,81 @@ def test_kill_before_the_first_checkpoint(tiny: Dataset) -> None:
     resumed = run.resume(leash=True).wait()
     whole = Trainer(model="echo/memory", epochs=2).fit(tiny, tiny, quiet=True)
     assert losses(resumed) == losses(whole)
+
+
+LONG = Trainer(model="echo/memory", epochs=1000, seconds_per_step=0.02)
+
+
+@pytest.fixture
+def stopped(tiny: Dataset) -> Iterator[LocalRun]:
+    """A run that was stopped by the handle that started it; nothing of it runs after the test."""
+    run = LONG.start(tiny, tiny, name="r")
+    assert isinstance(run, LocalRun)
+    next(event for event in run.events() if event.kind == "metric")
+    run.stop()
+    yield run
+    run.stop(timeout_s=5)
+
+
+def test_a_handle_resumes_once(stopped: LocalRun) -> None:
+    """Whoever started a run sees what becomes of it, though its own process has ended."""
+    first = stopped.resume()
+    with pytest.raises(UsageError, match="is running; only an interrupted"):
+        stopped.resume()
+    assert stopped.status == first.status == "running"
+    assert stopped.record.pid == first.record.pid
+    first.stop()
+    assert stopped.status == "stopped"
+    assert stopped.wait() is stopped
+
+
+def test_of_two_who_resume_at_once_one_does(stopped: LocalRun) -> None:
+    outcomes: list[object] = []
+
+    def resume(run: Run) -> None:
+        try:
+            outcomes.append(run.resume())
+        except UsageError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=resume, args=(open_run("r"),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    assert len(refused) == 2
+    assert all("is running" in outcome for outcome in refused)
+    [run] = [outcome for outcome in outcomes if isinstance(outcome, LocalRun)]
+    run.stop()
+
+
+def test_a_second_worker_leaves_the_run_as_it_is(stopped: LocalRun) -> None:
+    run = stopped.resume()
+    next(event for event in run.events(since=run.position) if event.kind == "metric")
+    second = subprocess.run(
+        [sys.executable, "-m", "detkit.worker", str(run.path)], capture_output=True, text=True, check=False
+    )
+    assert second.returncode == HELD_CODE
+    assert f"another worker is at work in {run.path}" in second.stderr
+    assert run.status == "running"
+    assert not run.workspace.failure_file.exists()
+    run.stop()
+
+
+def test_a_worker_started_by_hand_is_not_joined_by_another(stopped: LocalRun) -> None:
+    began = stopped.position
+    worker = subprocess.Popen([sys.executable, "-m", "detkit.worker", str(stopped.path)], stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: any(event.kind == "metric" for event in stopped.events(follow=False, since=began)))
+        with pytest.raises(UsageError, match="a worker that detkit did not start is at work in"):
+            stopped.resume()
+    finally:
+        worker.kill()
+        worker.wait()
+    run = stopped.resume()
+    assert run.status == "running", "the lock went with the one who held it"
+    run.stop()
 
 
 def test_history_holds_a_repeated_step_once(tmp_path: Path) -> None:

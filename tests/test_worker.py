@@ -84,6 +84,7 @@ def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Strange:
         (tmp_path / "site").mkdir()
         (tmp_path / "site/strange.py").write_text(STRANGE.format(**code))
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+        monkeypatch.setattr(plugins, "backend", lambda name: strange_backend("strange:Engine"))
         return "strange:Engine"
 
     return write
@@ -348,7 +349,7 @@ def test_advice_depends_on_who_made_the_interpreter(tmp_path: Path, monkeypatch:
 
 
 def strange_backend(engine: str) -> LocalBackend:
-    return LocalBackend(name="echo", engine=engine, models=plugins.backend("echo").models, install="")
+    return LocalBackend(name="echo", engine=engine, models=plugins.backends()["echo"].models, install="")
 
 
 @pytest.mark.parametrize(("crash", "expected"), CRASHES)

@@ -28,6 +28,7 @@ _HOME = {
     "export": "exporting",
     "merge": "curation",
     "open_run": "catalog",
+    "plot": "learning_curves",
     "read_dataset": "io",
     "read_predictions": "predictions",
     "remap": "curation",
@@ -56,6 +57,7 @@ __all__ = [
     "export",
     "merge",
     "open_run",
+    "plot",
     "read_dataset",
     "read_predictions",
     "remap",
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from detkit.exporting import export
     from detkit.io import read_dataset, write_dataset
     from detkit.job import Model
+    from detkit.learning_curves import plot
     from detkit.predictions import read_predictions, write_predictions
     from detkit.predictor import Predictor
     from detkit.runs import Run

@@ -20,7 +20,8 @@ from typing import Annotated, Literal, NamedTuple, Protocol
 
 from msgspec import Meta
 
-from detkit import environments
+from detkit import environments, trust, usercode
+from detkit.data import Dataset
 from detkit.detections import Detections
 from detkit.dialects import Dialect
 from detkit.environments import Environment
@@ -30,6 +31,7 @@ from detkit.job import Job, Model, Trained, Workspace
 from detkit.params import Options, Params
 from detkit.processes import WorkerDetector, export_in_worker, worker_command
 from detkit.runs import LocalRun, Run
+from detkit.usercode import UserCode
 
 API = 1
 """Version of the contract in this module; a backend states the one it was written for."""
@@ -152,6 +154,9 @@ class Backend(ABC):
     def require(self, model: str, params: Params, options: Options) -> None:  # noqa: B027 - most places need nothing of this machine
         """Raise before any data is read when what the engine needs is not here. Nothing to check by default."""
 
+    def require_data(self, model: str, channels: Mapping[str, Dataset]) -> None:  # noqa: B027 - most models take any data
+        """Raise before a run is started for data that a model cannot learn from. Nothing to check by default."""
+
     def suggest(self) -> Suggestion | None:
         """Answer ``model="auto"`` for this machine; None where the backend is no candidate."""
         return None
@@ -195,6 +200,8 @@ class LocalBackend(Backend):
     translation: Callable[[str, Params], Mapping[str, str]] | None = None
     requirement: Callable[[str, Params], None] | None = None
     """Raises when something that a model and its parameters need is not here, e.g. its weights."""
+    data_requirement: Callable[[str, Mapping[str, Dataset]], None] | None = None
+    """Raises for data, by channel, that a model cannot learn from, e.g. without masks."""
     api: int = API
     """The version of this contract that the plugin was written for."""
 
@@ -210,7 +217,13 @@ class LocalBackend(Backend):
         if self.requirement is not None:
             self.requirement(model, params)
 
+    def require_data(self, model: str, channels: Mapping[str, Dataset]) -> None:
+        if self.data_requirement is not None:
+            self.data_requirement(model, channels)
+
     def start(self, job: Job, workspace: Workspace, *, leash: bool) -> LocalRun:
+        self._refuse_other_engine(job.engine, workspace.path)
+        trust.of_job(job, workspace)
         python = self.interpreter(job.options.get("python"))
         command = worker_command(python, self.name, str(workspace.path))
         return LocalRun.start(workspace, command, leash=leash, restart=self._restart(workspace))
@@ -224,16 +237,30 @@ class LocalBackend(Backend):
         return lambda leash: self.start(workspace.job(), workspace, leash=leash)
 
     def open(self, model: Model, options: PredictOptions, *, isolate: bool = False) -> Detector:
-        python = self._opener(model)
-        if isolate or python != sys.executable:
-            return WorkerDetector(python, model, options)
-        return load_engine(model.manifest.engine).load(model, options)
+        self._refuse_other_engine(model.manifest.engine, model.path)
+        code, python = trust.of_model(model), self._opener(model)
+        folder = None if code is None else code.source
+        if isolate or not _can_be_here(python, code):
+            return WorkerDetector(python, model, options, folder)
+        usercode.load(model.manifest.code, folder, model=model.path)
+        return load_engine(self.engine).load(model, options)
 
     def export(self, model: Model, format: str, to: Path) -> Path:
-        python = self._opener(model)
-        if python != sys.executable:
-            return export_in_worker(python, model, format, to)
-        return load_engine(model.manifest.engine).export(model, format, to)
+        self._refuse_other_engine(model.manifest.engine, model.path)
+        code, python = trust.of_model(model), self._opener(model)
+        folder = None if code is None else code.source
+        if not _can_be_here(python, code):
+            return export_in_worker(python, model, format, to, folder)
+        usercode.load(model.manifest.code, folder, model=model.path)
+        return load_engine(self.engine).export(model, format, to)
+
+    def _refuse_other_engine(self, engine: str, place: Path) -> None:
+        """Raise `UsageError` unless a model or a run names this backend's engine: it names what is imported."""
+        if engine != self.engine:
+            raise UsageError(
+                f"{place} names the engine {engine!r}, and that of backend {self.name!r} is {self.engine!r}; nothing "
+                "else is run. it was made by another version of the plugin, or by nobody to trust"
+            )
 
     def _opener(self, model: Model) -> str:
         """Return the interpreter that opens a model; the one that trained it only where no other would do.
@@ -290,6 +317,11 @@ class LocalBackend(Backend):
         if found is None:
             raise UsageError(f"{origin} names {chosen!r}, which is no executable; expected the path of a Python")
         return os.path.abspath(found)
+
+
+def _can_be_here(python: str, code: UserCode | None) -> bool:
+    """Return whether this process can do what an interpreter is wanted for."""
+    return python == sys.executable and (code is None or usercode.fits_here(code))
 
 
 def load_engine(reference: str) -> Engine:

@@ -14,8 +14,12 @@ from detkit.errors import StorageError, UsageError
 from detkit.files import atomic_write, file_sha256
 
 KEPT = 2
+BATCH_SIZE = "batch_size.json"
+"""A file that may lie beside the states and is none: the batch size that was chosen when training began."""
 _DIGITS = 16
 """Hexadecimal digits of the sha256 that a name has."""
+_NEW = "new"
+"""The name of a state that is not yet whole; `atomic_write` adds a point and some letters."""
 
 
 class Checkpoint(NamedTuple):
@@ -41,7 +45,8 @@ class Checkpoints:
 
         Raises `StorageError`, for example where the disk is full; what was there before stays.
         """
-        new = self.folder / "new"
+        self._clear()
+        new = self.folder / _NEW
         try:
             with atomic_write(new) as file:
                 write(file)
@@ -54,8 +59,10 @@ class Checkpoints:
     def newest(self, say: Callable[[str], object]) -> Checkpoint | None:
         """Return the newest whole state, None where none was ever saved.
 
-        A damaged one is set aside as ``damaged-...``, and ``say`` is told. Raises `UsageError` where all are damaged.
+        A damaged one is set aside as ``damaged-...``, and ``say`` is told. Raises `UsageError` where all are damaged,
+        now or earlier.
         """
+        self._clear()
         found = self._all()
         for checkpoint in found:
             if checkpoint.is_whole:
@@ -63,9 +70,14 @@ class Checkpoints:
             aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
             os.replace(checkpoint.path, aside)
             say(f"the checkpoint of step {checkpoint.step} is damaged ({aside}); going on from the one before")
-        if found:
+        if any(self.folder.glob("damaged-*")):
             raise UsageError(f"no checkpoint in {self.folder} is whole, so this run cannot go on; train anew")
         return None
+
+    def _clear(self) -> None:
+        """Remove what a process that was killed had half written; only one process at a time works in the folder."""
+        for left in (self.folder / _NEW, *self.folder.glob(f".{_NEW}.*")):
+            left.unlink(missing_ok=True)
 
     def _all(self) -> list[Checkpoint]:
         """Return the states, the newest first."""

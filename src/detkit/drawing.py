@@ -13,11 +13,11 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image as PillowImage
-from PIL import ImageDraw, ImageFont
+from PIL import ImageDraw, ImageFilter, ImageFont
 
 from detkit import images
 from detkit.boxes import iou
@@ -25,6 +25,7 @@ from detkit.data import Dataset, Sample
 from detkit.detections import Detections
 from detkit.errors import InvalidValue, UsageError
 from detkit.files import atomic_write
+from detkit.masks import decode
 
 Picture: TypeAlias = PillowImage.Image
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -49,6 +50,8 @@ PALETTE: tuple[Colour, ...] = (
 then five of Paul Tol's "muted" scheme (SRON/EPS/TN/09-002). From the thirteenth class on they come again."""
 
 _RIM = (0, 0, 0, 110)
+_FILLED, _CONTOUR = 90, 220
+"""Opacity of a mask and of its edge, of 255."""
 _WHITE, _INK, _GREY, _PAPER = (255, 255, 255), (32, 33, 36), (105, 108, 114), (250, 250, 248)
 _CROWDED = 10
 """Boxes in one picture of a sheet from which on class names would hide the image."""
@@ -67,6 +70,8 @@ class _Mark:
     """Written on the chip; none where empty."""
     colour: Colour
     dashed: bool
+    mask: Any = None
+    """COCO's polygons or run-length encoding; none where empty."""
 
 
 def draw(
@@ -81,7 +86,8 @@ def draw(
 ) -> Picture:
     """Draw detections with solid lines, and ground truth with dashed ones, on a copy of an image.
 
-    Where both are given, only objects that were missed (no detection of their class at IoU 0.5) keep their label.
+    Masks are filled with the colour of their class, through which the image shows. Where both are given, only objects
+    that were missed (no detection of their class at IoU 0.5) keep their label.
     A class's colour is that of its place in ``classes`` (by default those of the detections), so it is the same in
     every picture. An image whose shorter side has fewer than ``min_side`` pixels is enlarged first, which keeps labels
     legible. ``labels=False`` draws boxes only. Raises `detkit.errors.ImageError` for a file that cannot be read.
@@ -231,16 +237,22 @@ def _open(image: str | Path | images.Image | Picture) -> Picture:
 
 def _truth_marks(truth: Sample, classes: Sequence[str]) -> list[_Mark]:
     return [
-        _Mark((x0, y0, x1, y1), name, name, colour_of(name, classes), dashed=True)
-        for name, (x0, y0, x1, y1) in zip(truth.names, truth.boxes.tolist(), strict=True)
+        _Mark((x0, y0, x1, y1), name, name, colour_of(name, classes), dashed=True, mask=mask)
+        for name, (x0, y0, x1, y1), mask in zip(truth.names, truth.boxes.tolist(), _masks_of(truth), strict=True)
     ]
 
 
 def _detection_marks(found: Detections, classes: Sequence[str]) -> list[_Mark]:
     return [
-        _Mark((x0, y0, x1, y1), name, f"{name} {score:.2f}", colour_of(name, classes), dashed=False)
-        for name, score, (x0, y0, x1, y1) in zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
+        _Mark((x0, y0, x1, y1), name, f"{name} {score:.2f}", colour_of(name, classes), dashed=False, mask=mask)
+        for name, score, (x0, y0, x1, y1), mask in zip(
+            found.names, found.scores.tolist(), found.boxes.tolist(), _masks_of(found), strict=True
+        )
     ]
+
+
+def _masks_of(objects: Sample | Detections) -> Sequence[Any]:
+    return objects.masks if objects.masks is not None else (None,) * len(objects.names)
 
 
 def _annotate(picture: Picture, marks: Sequence[_Mark], scale: float, font_size: int) -> Picture:
@@ -250,6 +262,9 @@ def _annotate(picture: Picture, marks: Sequence[_Mark], scale: float, font_size:
     rim = max(1, width // 4)
     rects = [_pixels(mark.box, scale, out.size) for mark in marks]
     order = range(len(marks) - 1, -1, -1)
+    for i in order:
+        if marks[i].mask:
+            _fill(out, marks[i], scale, width)
     pen = ImageDraw.Draw(out, "RGBA")
     for i in order:
         for grow in (-width, rim):
@@ -265,6 +280,21 @@ def _annotate(picture: Picture, marks: Sequence[_Mark], scale: float, font_size:
     for chip, place in zip(reversed(chips), reversed(taken), strict=True):
         out.paste(chip, place[:2], chip)
     return out
+
+
+def _fill(picture: Picture, mark: _Mark, scale: float, width: int) -> None:
+    """Lay a mask over the picture: translucent, with a contour."""
+    if isinstance(mark.mask, dict):
+        size = (mark.mask["size"][1], mark.mask["size"][0])
+    else:
+        size = (picture.width / scale, picture.height / scale)
+    inside = PillowImage.fromarray(decode(mark.mask, size, picture.size)).convert("L")
+    core = inside.filter(ImageFilter.MinFilter(2 * max(1, width // 2) + 1))
+    filled, contour = (PillowImage.new("L", picture.size, opacity) for opacity in (_FILLED, _CONTOUR))
+    opacity = PillowImage.composite(
+        filled, PillowImage.composite(contour, PillowImage.new("L", picture.size), inside), core
+    )
+    picture.paste(mark.colour, mask=opacity)
 
 
 def _pixels(box: tuple[float, float, float, float], scale: float, size: tuple[int, int]) -> _Rect:

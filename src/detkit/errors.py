@@ -18,6 +18,7 @@
     │   └── BrokenRecord            1   a record of a RecordIO file that cannot be read
     ├── StorageError                3   the disk is full, a file cannot be written
     ├── PluginError                 3   a plugin is broken, missing or there twice
+    ├── UserCodeFailed              3   a module of the user's own raised an error
     ├── RunFailed                   3   training ended in an error; carries the log's tail
     │   └── WorkerDied              3   the worker process vanished without a word
     └── NonFiniteLoss               3   raised by engines, reaches users as RunFailed
@@ -205,6 +206,12 @@ class StorageError(DetkitError):
 
 class PluginError(DetkitError):
     """A plugin that is broken, or two that offer the same name."""
+
+    exit_code = 3
+
+
+class UserCodeFailed(DetkitError):
+    """A module of the user's own raised an error; the message names its file and line."""
 
     exit_code = 3
 

@@ -71,6 +71,7 @@ def evaluate(
     batch_size: int = 8,
     fresh: bool = False,
     progress: bool = False,
+    code: str | Path | None = None,
 ) -> Scores:
     """Score a model on a data set; without one, on the test images that its run kept aside.
 
@@ -82,8 +83,12 @@ def evaluate(
     raise `ClassMismatch`, unless ``class_map`` says which name of the model's is meant (``{model's: data's}``); faulty
     boxes raise `InvalidData`, or are left out with ``on_invalid="drop"``. ``max_detections`` is the model's own where
     None. What the model found before on the same images is taken from the cache unless ``fresh``. Metrics of plugins
-    come under their own names.
+    come under their own names. ``code`` is as for `Predictor`.
     """
+    if code is not None:
+        if not isinstance(model, (Run, Model, str, Path)):
+            raise UsageError("code= is for a model that is yet to be opened; leave it out")
+        model = find_model(model, code)
     (found,) = evaluate_all(
         {"": model},
         data,

@@ -11,14 +11,17 @@ from detkit.predictor import find_model
 from detkit.runs import Run
 
 
-def export(model: Run | Model | str | Path, format: str, to: str | Path | None = None) -> Path:
+def export(
+    model: Run | Model | str | Path, format: str, to: str | Path | None = None, *, code: str | Path | None = None
+) -> Path:
     """Write a finished model in another format into the folder ``to`` and return the main file.
 
     ``model`` is a `Run`, a `Model`, the folder of either, or a run's name such as ``last``. Without ``to`` the folder
-    is ``export/FORMAT`` in the run. Files of an earlier export are replaced, others stay. Raises
-    `detkit.errors.Unsupported` for a format that the model's backend does not write.
+    is ``export/FORMAT`` in the run. Files of an earlier export are replaced, others stay. ``code`` is as for
+    `detkit.predictor.Predictor`. Raises `detkit.errors.Unsupported` for a format that the model's backend does not
+    write.
     """
-    found = find_model(model)
+    found = find_model(model, code)
     backend = plugins.backend(found.manifest.backend)
     if format not in backend.formats:
         known = f"it writes {', '.join(backend.formats)}" if backend.formats else "it exports nothing"

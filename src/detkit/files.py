@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -38,8 +39,11 @@ def inside(relative: str) -> Path:
     return Path(*pure.parts)
 
 
-def place(source: str | Path, target: str | Path) -> None:
-    """Make a file appear at another path: hard link, else symbolic link, else copy. Raises `StorageError`."""
+def place(source: str | Path, target: str | Path, *, lasting: bool = False) -> None:
+    """Make a file appear at another path: hard link, else symbolic link, else copy. Raises `StorageError`.
+
+    What is ``lasting`` stays when ``source`` is removed: it is no symbolic link.
+    """
     # A hard link to a symbolic link is one more symbolic link; for all others the way to the file is not looked up.
     real = os.path.realpath(source) if os.path.islink(source) else source  # noqa: PTH114 (many files)
     with contextlib.suppress(OSError):
@@ -50,11 +54,12 @@ def place(source: str | Path, target: str | Path) -> None:
     try:
         os.link(file_there, target)
     except OSError:
-        try:
-            os.symlink(file_there, target)
-        except OSError:
-            with atomic_write(target) as file, file_there.open("rb") as original:
-                shutil.copyfileobj(original, file)
+        if not lasting:
+            with contextlib.suppress(OSError):
+                os.symlink(file_there, target)
+                return
+        with atomic_write(target) as file, file_there.open("rb") as original:
+            shutil.copyfileobj(original, file)
 
 
 @contextlib.contextmanager
@@ -148,6 +153,28 @@ def _remove_left(folder: Path) -> None:
     if held >= 0:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(held)
+
+
+def lock_file(path: Path) -> IO[bytes] | None:
+    """Return a file that this process alone holds until it is closed or the process ends, made where it is not there.
+
+    A process forked from this one does not hold it. None where it cannot be made, or the file system knows no locks.
+    Raises `BlockingIOError` where another process holds it.
+    """
+    if fcntl is None:
+        return None
+    try:
+        file = path.open("ab")
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(error.errno, f"another process holds {path}") from None
+        return None
+    return file
 
 
 def _read_umask() -> int:

@@ -44,4 +44,8 @@ def detkit_metrics() -> Iterable[Metric]:  # type: ignore[empty-body]
 
 @hookspec
 def detkit_on_event(event: Event, run: Run) -> None:
-    """Receive each event of a followed run as it arrives. An exception is reported once and never ends the run."""
+    """Receive each event of a followed run as it arrives. An exception is reported once and never ends the run.
+
+    The last one says how the run ended: a ``state`` event with ``finished``, ``stopped``, ``failed`` or
+    ``interrupted``. A run that is followed from its beginning once more sends its events once more.
+    """

@@ -7,6 +7,8 @@ The layout is that of a SageMaker container's ``/opt/ml``, so the same worker se
       input/data/job/job.json          the `Job`
       input/data/{train,validation,test}/   annotations.json (COCO), columns.npz, images/, images.rec
       input/data/model/                incremental training: the earlier model
+      input/data/code/                 the user's own modules
+      input/data/retention/            incremental training: images held out of the earlier one, see `detkit.forgetting`
       input/config/hyperparameters.json     strings that overlay the params, where the place writes them
       checkpoints/                     the engine's resumable state
       model/                           the artifact; detkit.json is written last
@@ -44,6 +46,37 @@ SCHEMA = 1
 CHANNELS = ("train", "validation", "test")
 
 
+class Continued(msgspec.Struct, frozen=True, kw_only=True):
+    """The finished run whose checkpoint a longer one goes on from."""
+
+    run: str
+    """Its name."""
+    manifest: str
+    """sha256 of its manifest."""
+    step: int
+    """Optimizer steps that it had done."""
+
+
+class Replayed(msgspec.Struct, frozen=True, kw_only=True):
+    """Images of earlier data that were put among the training images."""
+
+    source: str
+    """The data set, or the run whose training images they were."""
+    images: int
+    boxes: int
+    available: int
+    """How many images there were to choose from."""
+
+
+class Code(msgspec.Struct, frozen=True, kw_only=True):
+    """The user's own modules that a training imports, see `detkit.usercode`."""
+
+    digest: str = ""
+    """sha256 over the paths and contents in ``input/data/code``; empty where there is no such folder."""
+    imports: list[str] = []
+    """Modules that are imported before the engine is."""
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the worker is to do."""
 
@@ -60,6 +93,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """What the run was started with: detkit, the plugin, and their versions."""
     dropped: dict[str, int] = {}
     """How many boxes ``on_invalid="drop"`` left out, by code of the finding."""
+    continued_from: Continued | None = None
+    replayed: Replayed | None = None
+    retention: str = ""
+    """What the images of the ``retention`` channel are, on which parent and new model are compared at the end."""
+    code: Code | None = None
+    """The user's own modules, where there are any."""
     schema: int = SCHEMA
 
 
@@ -144,14 +183,25 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     dropped: dict[str, int] = {}
     parent: str = ""
     """sha256 of the parent's manifest, for incremental training."""
+    continued_from: Continued | None = None
+    """The run that this one made longer."""
+    replayed: Replayed | None = None
+    """What of earlier data was trained on beside the new."""
+    code: Code | None = None
+    """The user's own modules that opening the model takes, where there are any."""
     schema: int = SCHEMA
 
 
 class Model:
-    """A finished ``model/`` folder. Raises `UsageError` where there is none or it is of a newer detkit."""
+    """A finished ``model/`` folder. Raises `UsageError` where there is none or it is of a newer detkit.
 
-    def __init__(self, path: str | Path) -> None:
+    ``code`` is the folder of the user's own modules that it was trained with; a model in a run that was trained on this
+    account does without, see `detkit.trust.of_model`.
+    """
+
+    def __init__(self, path: str | Path, *, code: str | Path | None = None) -> None:
         self.path = Path(path)
+        self.code = None if code is None else Path(code)
         manifest = self.path / "detkit.json"
         if not manifest.is_file():
             raise UsageError(f"{self.path} holds no finished model: there is no detkit.json in it")
@@ -203,6 +253,11 @@ class Workspace:
         return self.path / "run.json"
 
     @property
+    def lock(self) -> Path:
+        """The file that a worker holds while it lives, see `detkit.files.lock_file`."""
+        return self.path / ".lock"
+
+    @property
     def job_file(self) -> Path:
         return self.path / "input/data/job/job.json"
 
@@ -219,6 +274,11 @@ class Workspace:
     def parent_model(self) -> Path:
         """Incremental training: the model that training starts from."""
         return self.path / "input/data/model"
+
+    @property
+    def code(self) -> Path:
+        """The user's own modules."""
+        return self.path / "input/data/code"
 
     @property
     def failure_file(self) -> Path:
@@ -379,6 +439,9 @@ class Workspace:
             },
             dropped=job.dropped,
             parent=parent,
+            continued_from=job.continued_from,
+            replayed=job.replayed,
+            code=job.code,
         )
         write_json(self.model / "detkit.json", manifest)
         return manifest

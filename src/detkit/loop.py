@@ -22,13 +22,13 @@ from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from detkit.checkpoints import Checkpoints
-from detkit.data import Dataset, Indices
+from detkit.data import Dataset
 from detkit.errors import NonFiniteLoss, UsageError
 from detkit.job import Job, WeightsOrigin, Workspace
 from detkit.params import every_steps
+from detkit.sampling import class_balanced_shares, epoch_order
 
 if TYPE_CHECKING:
     from detkit.scores import Scores
@@ -77,6 +77,8 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
     total_steps: int
     best: dict[str, Any]
     """`Best` without its ``state``."""
+    losses: list[dict[str, float]]
+    """Those of the steps since the last metric event, which are part of the next mean."""
     origin: WeightsOrigin
 
 
@@ -92,14 +94,15 @@ class TrainingLoop(ABC, Generic[BatchT]):
         assert data is not None
         self.job, self.workspace, self.params = job, workspace, job.params
         self.data: Dataset = data
-        shares = sampling_shares(data) if self.params.get("sampling") == "class_balanced" else None
+        shares = class_balanced_shares(data) if self.params.get("sampling") == "class_balanced" else None
         self.steps_per_epoch = len(epoch_order(len(data), self.params["batch_size"], 0, 0))
         self.total_steps: int = self.params["iterations"] or self.params["epochs"] * self.steps_per_epoch
-        self.warmup_steps = self._warmup_steps()
+        self.warmup_steps = self._warmup_steps(self.total_steps)
         self.step = 0
         self.best = Best()
         self.origin = WeightsOrigin()
         """Where the weights came from; an engine sets it before the first step."""
+        self._unlogged: list[dict[str, float]] = []
         self._checkpoints = Checkpoints(workspace.checkpoints)
         self._from = self._checkpoints.newest(self.say)
         self._order = functools.lru_cache(maxsize=8)(
@@ -146,12 +149,14 @@ class TrainingLoop(ABC, Generic[BatchT]):
         """Take up the newest whole checkpoint, once network and optimizer are there."""
         assert self._from is not None
         counters, best_state = self.read_state(self._from.path)
-        self.step, self.origin = counters.step, counters.origin
+        self.step, self.origin, self._unlogged = counters.step, counters.origin, list(counters.losses)
         self.best = Best(**counters.best, state=best_state)
         self.log("state", {"state": "resumed"})
         self.say(f"resumed after step {self.step} of {self.total_steps}")
+        before = self.job.continued_from
+        if counters.total_steps != self.total_steps or (before is not None and before.step == self.step):
+            self.best.stale = 0  # a longer run has its patience anew
         if counters.total_steps != self.total_steps:
-            self.best.stale = 0
             was, now = self.learning_rate(self.step - 1, counters.total_steps), self.learning_rate(self.step)
             self.say(
                 f"the {self.params['lr_scheduler']} schedule spans {self.total_steps} steps instead of "
@@ -161,26 +166,25 @@ class TrainingLoop(ABC, Generic[BatchT]):
     def save_checkpoint(self) -> None:
         """Save a state that `resume` can take up; the one before stays beside it."""
         best = {name: value for name, value in vars(self.best).items() if name != "state"}
-        counters = Counters(step=self.step, total_steps=self.total_steps, best=best, origin=self.origin)
+        counters = Counters(
+            step=self.step, total_steps=self.total_steps, best=best, losses=self._unlogged, origin=self.origin
+        )
         self._checkpoints.save(self.step, lambda file: self.write_state(file, counters))
 
     def steps(self) -> Iterator[int]:
         """Train, log, validate and save; yield the number of steps done after each."""
         validate_steps = every_steps(self.params["validate_every"], self.steps_per_epoch)
         checkpoint_steps = every_steps(self.params["checkpoint_every"], self.steps_per_epoch)
-        window: list[dict[str, float]] = []
         meter = _Meter(self.step, self.total_steps)
         if self.step % validate_steps == 0 and self._out_of_patience():
             return
         for batch in self.batches():
             self.workspace.raise_if_stopped()
-            window.append(self.train_step(batch))
+            self._unlogged.append(self.train_step(batch))
             self.step += 1
             ends = self.step == self.total_steps
             if self.step % LOG_EVERY == 0 or self.step % self.steps_per_epoch == 0 or ends:
-                means = {f"train/{name}": float(np.mean([w[name] for w in window])) for name in window[0]}
-                self.log("metric", {**means, "train/learning_rate": self.learning_rate(self.step - 1)})
-                window = []
+                self._log_losses()
             if (progress := meter.update(self.step, len(self.batch_indices(self.step - 1)))) is not None:
                 self.log("progress", progress)
             if validates := (self.step % validate_steps == 0 or ends):
@@ -207,20 +211,21 @@ class TrainingLoop(ABC, Generic[BatchT]):
     def learning_rate(self, step: int, total_steps: int | None = None) -> float:
         """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule.
 
-        ``total_steps`` is that of this run unless given.
+        ``total_steps`` is that of this run unless given, and the warm-up is that of a run so long.
         """
         total = total_steps or self.total_steps
+        warmup = self.warmup_steps if total == self.total_steps else self._warmup_steps(total)
         peak, schedule = self.peak_learning_rate, self.params["lr_scheduler"]
         if schedule == "one_cycle":
-            return peak * _one_cycle(step, total, self.warmup_steps)
-        if step < self.warmup_steps:
-            return peak * (step + 1) / self.warmup_steps
+            return peak * _one_cycle(step, total, warmup)
+        if step < warmup:
+            return peak * (step + 1) / warmup
         if schedule == "constant":
             return peak
         if schedule == "step":
             passed = sum(step >= epoch * self.steps_per_epoch for epoch in self.params["lr_scheduler_step"])
             return float(peak * self.params["lr_scheduler_factor"] ** passed)
-        done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+        done = (step - warmup) / max(1, total - warmup)
         return peak * 0.5 * (1 + math.cos(math.pi * done))
 
     def batch_indices(self, step: int) -> list[int]:
@@ -281,6 +286,11 @@ class TrainingLoop(ABC, Generic[BatchT]):
     def _best_metric(self) -> str:
         return str(self.params.get("best_metric", "AP"))
 
+    def _log_losses(self) -> None:
+        means = {f"train/{name}": float(np.mean([one[name] for one in self._unlogged])) for name in self._unlogged[0]}
+        self.log("metric", {**means, "train/learning_rate": self.learning_rate(self.step - 1)})
+        self._unlogged = []
+
     def _judge(self, scores: Scores, losses: Mapping[str, float]) -> None:
         """Log the validation scores and losses, and keep the weights where they are the best."""
         metrics, best = (
@@ -306,50 +316,12 @@ class TrainingLoop(ABC, Generic[BatchT]):
         least = self.params.get("early_stopping_min_epochs", 0) * self.steps_per_epoch
         return patience is not None and self.best.stale >= patience and self.step >= least
 
-    def _warmup_steps(self) -> int:
+    def _warmup_steps(self, total_steps: int) -> int:
         epochs, iterations = self.params["warmup_epochs"], self.params["warmup_iterations"]
         if epochs is not None:
             return round(float(epochs) * self.steps_per_epoch)
         share = ONE_CYCLE_RISE if self.params["lr_scheduler"] == "one_cycle" else 0.05
-        return round(share * self.total_steps) if iterations == "auto" else int(iterations or 0)
-
-
-def epoch_order(
-    num_images: int, batch_size: int, seed: int, epoch: int, shares: NDArray[np.float64] | None = None
-) -> list[Indices]:
-    """Return the image indices of each batch of an epoch; a last batch of one image joins the one before it.
-
-    Each image comes once, or with ``shares`` (as `sampling_shares` returns) as often as that, rounded up or down.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(num_images)
-    if shares is not None:  # systematic sampling: the least random that keeps the expected numbers
-        steps = np.cumsum(shares[order])
-        order = rng.permutation(
-            order[np.searchsorted(steps, (rng.random() + np.arange(num_images)) * steps[-1] / num_images)]
-        )
-    batches = [order[start : start + batch_size] for start in range(0, num_images, batch_size)]
-    if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation cannot train on one image's 1x1 maps
-        last = batches.pop()
-        batches[-1] = np.concatenate([batches[-1], last])
-    return batches
-
-
-def sampling_shares(data: Dataset) -> NDArray[np.float64]:
-    """Return how often each image comes in an epoch on average, so that rare classes are seen more; they sum to ``n``.
-
-    An image counts as its rarest class does, sqrt(images of the most frequent class / images of this one) times one
-    without objects or with frequent ones only: the repeat factor of Gupta et al., "LVIS" (2019), with that frequency
-    as its threshold.
-    """
-    images = np.repeat(np.arange(len(data)), data.boxes_per_image())
-    pairs = np.unique(np.stack([images, data.labels]), axis=1)
-    frequency = np.bincount(pairs[1], minlength=len(data.classes))
-    factors = np.ones(len(data))
-    if len(pairs[0]):
-        np.maximum.at(factors, pairs[0], np.sqrt(frequency.max() / frequency[pairs[1]]))
-    shares: NDArray[np.float64] = factors * len(data) / factors.sum()
-    return shares
+        return round(share * total_steps) if iterations == "auto" else int(iterations or 0)
 
 
 def load_ahead(load: Callable[[int], ItemT], numbers: Iterable[int], num_workers: int) -> Iterator[ItemT]:

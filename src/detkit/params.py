@@ -105,6 +105,34 @@ MaxDetections: TypeAlias = Annotated[
     Annotated[int, Meta(ge=1)] | Literal["auto"],
     Meta(description="detections kept per image; auto: max(100, 2 x the busiest training image)"),
 ]
+AnchorSizes: TypeAlias = Annotated[
+    tuple[Annotated[float, Meta(gt=0)], ...],
+    Meta(description="sides of the anchors in pixels of the model's input, ascending; none given: the model's own"),
+]
+AutoAnchorSizes: TypeAlias = Annotated[
+    tuple[Annotated[float, Meta(gt=0)], ...] | Literal["auto"],
+    Meta(
+        description="sides of the anchors in pixels of the model's input, ascending; none given: the model's own; "
+        "auto: quantiles of the sides of the training boxes"
+    ),
+]
+AnchorRatios: TypeAlias = Annotated[
+    tuple[Annotated[float, Meta(gt=0)], ...] | Literal["auto"],
+    Meta(
+        description="heights of the anchors over their widths; none given: the model's own; auto: quantiles of those "
+        "of the training boxes"
+    ),
+]
+Proposals: TypeAlias = Annotated[
+    Annotated[int, Meta(ge=1)] | Literal["auto"],
+    Meta(
+        description="proposals per image that the second stage is given, before and after NMS; auto: ten times the "
+        "objects of a training image, on average, and at least the model's own"
+    ),
+]
+Backbone: TypeAlias = Annotated[
+    str, Meta(description="the network that the model's features come from; none: the model's own")
+]
 NmsThreshold: TypeAlias = Annotated[float, Meta(gt=0, le=1, description="IoU above which the weaker of two boxes goes")]
 BestMetric: TypeAlias = Annotated[
     Literal["AP", "AP50", "AP75", "mask_AP"],
@@ -146,12 +174,16 @@ CANONICAL: Mapping[str, Any] = {
     "seed": Seed,
     "max_detections": MaxDetections,
     "nms_threshold": NmsThreshold,
+    "backbone": Backbone,
+    "anchor_sizes": AnchorSizes,
+    "anchor_ratios": AnchorRatios,
+    "proposals": Proposals,
     "validate_every": ValidateEvery,
     "checkpoint_every": CheckpointEvery,
 }
 """Every canonical name and its type; a plugin that uses a name uses its type (`BackendTests` checks)."""
 
-VARIANTS: Mapping[str, Any] = {"batch_size": AutoBatchSize}
+VARIANTS: Mapping[str, Any] = {"batch_size": AutoBatchSize, "anchor_sizes": AutoAnchorSizes}
 """Types that a plugin may give a canonical name instead, as its engine can do more."""
 
 INSTEAD: Mapping[str, str] = {"iterations": "epochs", "warmup_iterations": "warmup_epochs"}
@@ -238,7 +270,10 @@ def coerce(name: str, value: Any, hint: Any, origin: str = "") -> Any:
         text = value.strip()
         if text.lower() in {"none", "null"} and _admits_none(hint):
             return None
-        value = [part.strip() for part in text.split(",") if part.strip()] if _is_sequence(hint) else text
+        is_list = _is_sequence(hint) and text not in _words(hint)
+        value = [part.strip() for part in text.split(",") if part.strip()] if is_list else text
+        if text.lstrip("+-").startswith("."):
+            value = text.replace(".", "0.", 1)  # .9 is a number to everybody but JSON
     try:
         converted = msgspec.convert(value, hint, strict=False)
     except msgspec.ValidationError as error:
@@ -271,6 +306,11 @@ def _is_sequence(hint: Any) -> bool:
     return any(typing.get_origin(arm) in (tuple, list) for arm in _arms(hint))
 
 
+def _words(hint: Any) -> list[Any]:
+    """The literal alternatives."""
+    return [v for arm in _arms(hint) if typing.get_origin(arm) is Literal for v in typing.get_args(arm)]
+
+
 def _description(hint: Any) -> str:
     for part in (hint, *typing.get_args(hint)):
         for meta in typing.get_args(part)[1:] if typing.get_origin(part) is Annotated else ():
@@ -280,6 +320,6 @@ def _description(hint: Any) -> str:
 
 
 def _explain(message: str, hint: Any) -> str:
-    allowed = [repr(v) for arm in _arms(hint) if typing.get_origin(arm) is Literal for v in typing.get_args(arm)]
+    allowed = [repr(word) for word in _words(hint)]
     message = re.sub(r"`(int|float|str|bool|null|array)( \| null)?`", lambda m: m.group(1), message)
     return message + (f"; one of {', '.join(allowed)}" if allowed and "enum" in message else "")

@@ -40,7 +40,8 @@ class Predictor:
 
     ``model`` is a `Run`, a `Model`, the folder of either, or a run's name such as ``last``. ``score_threshold="best"``
     is the score of the best F1 on the validation images, kept with the model. Use it as a context manager, or call
-    `close`, where the model holds a worker process.
+    `close`, where the model holds a worker process. ``code`` is the folder of your own modules that the model was
+    trained with; a run that you trained here has it.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Predictor:
         device: str = "auto",
         batch_size: int = 8,
         isolate: bool = False,
+        code: str | Path | None = None,
     ) -> None:
-        self.model = find_model(model)
+        self.model = find_model(model, code)
         self.batch_size = batch_size
         if score_threshold == "best":
             score_threshold = self._best_threshold()
@@ -135,8 +137,10 @@ class Predictor:
         self.close()
 
 
-def find_model(model: Run | Model | str | Path) -> Model:
-    """Return the finished model of a run, a run's name or folder, or a model's folder."""
+def find_model(model: Run | Model | str | Path, code: str | Path | None = None) -> Model:
+    """Return the finished model of a run, a run's name or folder, or a model's folder, to be opened with ``code``."""
+    if code is not None:
+        return Model(find_model(model).path, code=code)
     if isinstance(model, Model):
         return model
     if isinstance(model, Run):

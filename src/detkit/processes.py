@@ -34,6 +34,9 @@ from detkit.wire import Client, Exported, Opened, SharedMemory
 if TYPE_CHECKING:
     from detkit.backends import PredictOptions
 
+HELD_CODE = 75
+"""Exit code of a worker that finds another one in its run directory; that of ``EX_TEMPFAIL``."""
+
 _TAIL_LINES, _TAIL_COLUMNS = 20, 240
 """Of what a worker printed, so many lines are quoted, and so much of each."""
 
@@ -139,6 +142,8 @@ def how_it_ended(code: int | None, doing: str = "") -> str:
         hint = "; it crashed in native code" if ended_by in _NATIVE_CRASHES else ""
         hint = "; the system kills processes so when memory runs out" if ended_by == signal.SIGKILL else hint
         return f"was ended by {ended_by.name}{when}{hint}"
+    if code == HELD_CODE:
+        return "ended at once: another worker is at work in the run directory; follow it with `detkit runs attach RUN`"
     if code == 255:  # of MXNet's own handler of SIGSEGV
         return f"crashed in native code{when} (exit code 255)"
     return f"ended with exit code {code}{when} and left no reason"
@@ -152,7 +157,8 @@ class WorkerDetector:
     reason, and `WorkerDied` where it left none.
     """
 
-    def __init__(self, python: str, model: Model, options: PredictOptions) -> None:
+    def __init__(self, python: str, model: Model, options: PredictOptions, code_folder: Path | None = None) -> None:
+        """``code_folder`` is the folder, or file, of the user's own modules that the model takes."""
         backend = model.manifest.backend
         self._python, self._backend = python, backend
         self._owner = os.getpid()
@@ -166,6 +172,7 @@ class WorkerDetector:
         descriptors = () if shared is None else (shared.descriptor,)
         memory = "".join(map(str, descriptors))
         command = worker_command(python, backend, "--serve", str(model.path.absolute()), _json(options), memory)
+        command += [] if code_folder is None else [str(code_folder.absolute())]
         self._socket, theirs = socket.socketpair()
         weakref.finalize(self, self._socket.close)
         with theirs:
@@ -265,7 +272,7 @@ def _end_worker(process: subprocess.Popen[bytes], owner: int) -> None:
         process.stdin.close()
 
 
-def export_in_worker(python: str, model: Model, format: str, folder: Path) -> Path:
+def export_in_worker(python: str, model: Model, format: str, folder: Path, code_folder: Path | None = None) -> Path:
     """Let a worker write a model in another format; return the main file.
 
     Raises `RunFailed` with the worker's reason, and `WorkerDied` where it left none.
@@ -273,6 +280,7 @@ def export_in_worker(python: str, model: Model, format: str, folder: Path) -> Pa
     backend = model.manifest.backend
     paths = str(model.path.absolute()), str(folder.absolute())
     command = worker_command(python, backend, "--export", paths[0], format, paths[1])
+    command += [] if code_folder is None else [str(code_folder.absolute())]
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as output:
         process = start_worker(command, leash=True, stdout=answer, stderr=output)
         try:

@@ -11,8 +11,9 @@ import msgspec
 
 from detkit import plugins
 from detkit.backends import Backend
-from detkit.dialects import Dialect, Note, becomes, text, typed
+from detkit.dialects import Dialect, Note, becomes, refuse, text, typed
 from detkit.errors import UnknownName, UsageError
+from detkit.formats.checks import Prepared
 from detkit.job import Model
 from detkit.params import CANONICAL, INSTEAD, Params, coerce, set_fields
 from detkit.predictor import find_model
@@ -110,6 +111,27 @@ def _contradiction(name: str, setting: Setting, said_of: str, rehearsal: Rehears
         + f"; leave {name} out"
         + (f", or change {change}" if change else "")
     )
+
+
+def tell(rehearsal: Rehearsal, prepared: Mapping[str, Prepared]) -> list[str]:
+    """Compare the hyperparameters with the data; return what is not the same here, and what the data has to say."""
+    dialect, notes = rehearsal.dialect, rehearsal.notes
+    channels = {name: ready.data for name, ready in prepared.items()}
+    found = dialect.check(rehearsal.params, channels) if dialect.check else ()
+    refuse(dialect, found)
+    without_effect = [note for note in notes if note.fidelity == "unused" and note.origin != "default"]
+    approximate = [note for note in notes if note.fidelity == "approximate"]
+    return [str(note) for note in (*approximate, *without_effect, *found)]
+
+
+def request_of(rehearsal: Rehearsal) -> dict[str, float | str]:
+    """Return the event that keeps what was asked for: the given hyperparameters to read, all of them to compare."""
+    given = typed({note.name: note.value for note in rehearsal.notes if note.origin != "default"})
+    return {
+        "message": f"like {rehearsal.dialect.name}, given {given or 'nothing'}; its defaults for the rest",
+        "like": rehearsal.dialect.name,
+        "hyperparameters": msgspec.json.encode(rehearsal.params).decode(),
+    }
 
 
 def weights_by_path(setting: Setting) -> Setting:

@@ -13,16 +13,17 @@ import signal
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import msgspec
 
 from detkit.errors import RunFailed, Unsupported, UsageError, WorkerDied
-from detkit.files import write_json
+from detkit.files import atomic_write, lock_file, write_json
+from detkit.forgetting_table import Forgetting, read_forgetting
 from detkit.job import SCHEMA, Event, Job, Model, Workspace
-from detkit.processes import Caller, end_group, how_it_ended, last_lines, start_worker
+from detkit.processes import HELD_CODE, Caller, end_group, how_it_ended, last_lines, start_worker
 from detkit.tables import html_table
 
 Status: TypeAlias = Literal["running", "finished", "failed", "stopped", "interrupted"]
@@ -78,8 +79,8 @@ class Run(ABC):
         """Block until training has ended and return the run. Raises `RunFailed` with the reason and the log's tail."""
 
     @abstractmethod
-    def resume(self, *, leash: bool = False) -> Run:
-        """Continue an interrupted, stopped or failed run in place."""
+    def resume(self, *, leash: bool = False, options: Mapping[str, Any] | None = None) -> Run:
+        """Continue an interrupted, stopped or failed run in place, with other ``options`` than before where given."""
 
     @property
     def model(self) -> Model:
@@ -89,6 +90,11 @@ class Run(ABC):
                 f"run {self.path} is {self.status} and has no model yet; see `detkit runs show {self.path}`"
             )
         return Model(self.workspace.model)
+
+    @property
+    def forgetting(self) -> Forgetting | None:
+        """What the run did to the classes of the model that it started from; None where that was not measured."""
+        return read_forgetting(self.path)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -112,6 +118,11 @@ class Run(ABC):
                 row = {name: float(value) for name, value in position.items() if value is not None}
                 rows.append({**row, **{name: float(value) for name, value in event.values.items()}})
         return rows
+
+    @property
+    def last_step(self) -> int:
+        """The number of optimizer steps that the run has told of."""
+        return max((event.step for event in self.events(follow=False) if event.step is not None), default=0)
 
     @property
     def position(self) -> int:
@@ -252,21 +263,37 @@ class LocalRun(Run):
             self._end_cut_line()
             self.workspace.log("state", {"state": "stopped"})
 
-    def resume(self, *, leash: bool = False) -> LocalRun:
+    def resume(self, *, leash: bool = False, options: Mapping[str, Any] | None = None) -> LocalRun:
         if self._restart is None:
             raise Unsupported(f"run {self.path}: its backend {self.record.backend!r} is not here, or cannot resume")
-        with (self.path / "run.json").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two who resume at once, the second finds it running
+        with self._turn():  # of two who resume at once, the second finds it running
             status = self.status
             if status in {"running", "finished"}:
                 raise UsageError(
                     f"run {self.path} is {status}; only an interrupted, stopped or failed run can be resumed"
+                    + ("; a larger epochs= makes a new run that goes on from it" if status == "finished" else "")
                 )
-            if status == "failed":
-                number = 1 + sum(1 for _ in self.workspace.failure_file.parent.glob("failure.*"))
-                self.workspace.failure_file.rename(self.workspace.failure_file.with_name(f"failure.{number}"))
+            self._refuse_other_worker()
+            failure, job_file = self.workspace.failure_file, self.workspace.job_file
+            number = 1 + sum(1 for _ in failure.parent.glob("failure.*"))
+            before, aside = job_file.read_bytes(), failure.with_name(f"failure.{number}")
             self._end_cut_line()
-            return self._restart(leash)
+            try:
+                if status == "failed":
+                    failure.rename(aside)
+                if options:
+                    job = self.job
+                    write_json(job_file, msgspec.structs.replace(job, options={**job.options, **options}))
+                return self._restart(leash)
+            except BaseException:  # no worker was started, so the run is what it was
+                if options:
+                    with atomic_write(job_file) as file:
+                        file.write(before)
+                if status == "failed" and aside.exists():
+                    aside.rename(failure)
+                if self.status != status:
+                    self.workspace.log("state", {"state": status})
+                raise
 
     def log_tail(self) -> str:
         """Return the last lines that the worker printed."""
@@ -282,6 +309,29 @@ class LocalRun(Run):
             if self._process.stdin is not None:
                 self._process.stdin.close()
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Let one at a time in, where the file system knows locks. The folder stays, while run.json is replaced."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def _refuse_other_worker(self) -> None:
+        """Raise `UsageError` where a worker that run.json does not name is at work, such as one started by hand."""
+        try:
+            held = lock_file(self.workspace.lock)
+        except BlockingIOError:
+            raise UsageError(
+                f"a worker that detkit did not start is at work in {self.path}; wait for its end, or end it, and type "
+                "this again"
+            ) from None
+        if held is not None:
+            held.close()
+
     def _end_cut_line(self) -> None:
         """Give the next event a line of its own where a kill cut the last one short."""
         file = self.workspace.metrics_file
@@ -293,10 +343,16 @@ class LocalRun(Run):
         if self._process is not None:
             if self._process.returncode is None and self._process.poll() is not None:
                 end_group(self._process.pid)  # a crashed worker's own children would go on
-            return self._process.returncode is None
+            if self._process.returncode is None:
+                return True
+        record = self.record
+        if self._process is not None:
+            if record.pid == self._process.pid:
+                return False
+            self._reap()
+            self._process = None  # it was resumed by another handle, or another program
         import psutil
 
-        record = self.record
         try:
             process = psutil.Process(record.pid)
             same = math.isclose(process.create_time(), record.pid_created, abs_tol=1.0)
@@ -307,7 +363,7 @@ class LocalRun(Run):
     def _how_it_ended(self) -> str:
         code = None if self._process is None else self._process.returncode
         states = [event.values["state"] for event in self.events(follow=False) if event.kind == "state"]
-        if self._process is None or code not in range(128) or states[-1:] != ["starting"]:
+        if self._process is None or code not in range(128) or code == HELD_CODE or states[-1:] != ["starting"]:
             return how_it_ended(code)
         python = cast("list[str]", self._process.args)[0]
         return f"{how_it_ended(code, 'started')}; {Caller.here(self.job.backend).expects(python)}"

@@ -4,65 +4,37 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from detkit import catalog, plugins
+from detkit import catalog, plugins, trust
 from detkit.backends import Backend, LocalBackend, ModelSpec
-from detkit.channels import divide, leaks, prepare_all, remarks, without_copies
+from detkit.channels import Replay, gather
 from detkit.data import Dataset
-from detkit.dialects import Note, refuse, typed
+from detkit.dialects import refuse
 from detkit.errors import MissingSettings, UnknownName, Unsupported, UsageError, did_you_mean
+from detkit.explanation import Explanation, Row
 from detkit.files import place
+from detkit.forgetting import CHANNEL
 from detkit.formats.checks import Prepared
 from detkit.job import Job, Model, Workspace
 from detkit.live import follow
 from detkit.params import INSTEAD, Options, Params, describe, nullable, set_fields
 from detkit.predictor import find_model
-from detkit.rehearsal import Rehearsal, refuse_contradictions, rehearse, weights_by_path
+from detkit.rehearsal import Rehearsal, refuse_contradictions, rehearse, request_of, tell, weights_by_path
+from detkit.resuming import go_on, life
 from detkit.runs import Run
 from detkit.settings import Setting, Settings
 
-OWN_SETTINGS = ("model", "backend", "like", "train", "val", "test", "name", "on_invalid")
+OWN_SETTINGS = (
+    *("model", "backend", "like", "train", "val", "test", "name", "on_invalid", "replay", "replay_share"),
+    *("code", "imports"),
+)
 """Settings that the trainer itself understands; all others are parameters and options of the backend."""
-
-
-class Row(msgspec.Struct, frozen=True):
-    """One line of `Explanation`."""
-
-    name: str
-    value: Any
-    origin: str
-    kind: Literal["parameter", "option"]
-    native: str
-    """What the framework is told, where that differs."""
-    description: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explanation:
-    """Every effective setting of a training call and where it came from."""
-
-    backend: str
-    model: str
-    reason: str
-    """Why this model, where it was chosen automatically."""
-    rows: tuple[Row, ...]
-    like: str = ""
-    """Whose hyperparameters were given, if another tool's."""
-    notes: tuple[Note, ...] = ()
-    """What each of those becomes here."""
-
-    def to_dict(self) -> dict[str, Any]:
-        rows, notes = ([msgspec.structs.asdict(row) for row in found] for found in (self.rows, self.notes))
-        about = {"backend": self.backend, "model": self.model, "reason": self.reason, "like": self.like}
-        return {**about, "hyperparameters": notes, "settings": rows}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +70,29 @@ class Trainer:
         test: Dataset | str | Path | None = None,
         name: str | None = None,
         on_invalid: Literal["raise", "drop"] | None = None,
+        replay: Dataset | str | Path | None = None,
+        replay_share: float | None = None,
+        code: str | Path | None = None,
+        imports: Sequence[str] | str | None = None,
         **settings: Any,
     ) -> None:
-        own = {"model": model, "backend": backend, "like": like, "train": train, "val": val, "test": test}
-        self._constructor: dict[str, Any] = {**own, "name": name, "on_invalid": on_invalid, **settings}
+        """``replay`` is earlier data, or ``"parent"``, the training images of the run that ``weights`` names: some are
+        trained on again, ``replay_share`` of all training images (0.2 unless given).
+
+        ``code`` is a folder of your own modules, or a ``.py`` file: it is copied into the run, and its modules can be
+        imported there. Those that ``imports`` names are, before the engine is.
+        """
+        own: dict[str, Any] = {
+            "model": model,
+            "backend": backend,
+            "like": like,
+            "train": train,
+            "val": val,
+            "test": test,
+        }
+        own |= {"name": name, "on_invalid": on_invalid, "replay": replay, "replay_share": replay_share}
+        own |= {"code": code, "imports": imports}
+        self._constructor: dict[str, Any] = {**own, **settings}
 
     def fit(
         self,
@@ -140,53 +131,89 @@ class Trainer:
         if layers.get("train") is None:
             raise MissingSettings([("train", "the folder of your images and annotations")])
         resolved.backend.require(resolved.model, resolved.params, resolved.options)
+        given_code = [setting.value if (setting := layers.get(name)) else None for name in ("code", "imports")]
+        code, own_code = trust.prepare(*given_code)
         params, parent = _with_parent(resolved.params, resolved)
         seed = int(getattr(resolved.params, "seed", 0))
         on_invalid = _one_of("on_invalid", layers.get("on_invalid"), ("raise", "drop"), "raise")
         given = {name: setting.value for name in ("train", "val", "test") if (setting := layers.get(name)) is not None}
-        channels, told, held_out = divide(given, seed)
-        classes = channels["train"].classes
-        prepared = prepare_all(
-            {name: data.with_classes(classes, f"{name} data") for name, data in channels.items()}, on_invalid
-        )
-        if held_out:
-            told += without_copies(prepared)
-        told += remarks(prepared)
-        if not len(prepared["train"].data.boxes):
-            raise UsageError("the training images have no boxes; there is nothing to learn")
-        told += leaks(prepared, parent)
+        found = gather(given, Replay.read(layers, parent), parent, on_invalid=on_invalid, seed=seed, code=code)
+        prepared, retention, told = found.prepared, found.retention, found.told
         if resolved.rehearsal is not None:
-            told = [*_tell(resolved.rehearsal, prepared), *told]
+            told = [*tell(resolved.rehearsal, prepared), *told]
+        resolved.backend.require_data(resolved.model, {channel: ready.data for channel, ready in prepared.items()})
         params = _with_auto_detections(params, prepared["train"].data)
         name_setting = layers.get("name")
         workspace = Workspace(catalog.new_run_path(resolved.model, name_setting.value if name_setting else None))
-        dropped = Counter[str]()
-        for ready in prepared.values():
-            dropped.update(ready.dropped)
         job = Job(
             backend=resolved.backend.name,
             engine=resolved.backend.engine if isinstance(resolved.backend, LocalBackend) else "",
             model=resolved.model,
             params=msgspec.to_builtins(params),
             options=msgspec.to_builtins(resolved.options),
-            classes=list(classes),
+            classes=list(prepared["train"].data.classes),
             versions=plugins.versions(resolved.backend.name),
-            dropped=dict(dropped),
+            dropped=found.dropped,
+            replayed=found.replayed,
+            retention=retention.what if retention is not None else "",
+            code=code,
         )
         workspace.create(job)
         try:
             _lay_out(workspace, prepared, parent)
+            if own_code is not None:
+                own_code.copy_to(workspace.code)
+                trust.remember(own_code.digest)
+                told.append(f"code {own_code.source}: {len(own_code.files)} files, sha256 {own_code.digest[:12]}...")
+            if retention is not None:
+                workspace.write_dataset(CHANNEL, retention.data, retention.image_digests)
             _announce(workspace, resolved, told, leash)
             return resolved.backend.start(job, workspace, leash=leash)
         except BaseException:
             shutil.rmtree(workspace.path, ignore_errors=True)  # `create` made it, and nothing half-written may stay
             raise
 
-    def resume(self, run: Run | str | Path, *, quiet: bool = False) -> Run:
-        """Continue an interrupted, stopped or failed run in place and return it when it is finished."""
+    def resume(
+        self,
+        run: Run | str | Path,
+        *,
+        epochs: int | None = None,
+        iterations: int | None = None,
+        name: str | None = None,
+        code: str | Path | None = None,
+        quiet: bool = False,
+        **options: Any,
+    ) -> Run:
+        """Continue an interrupted, stopped or failed run in place and return it when it is finished.
+
+        With more ``epochs`` or ``iterations`` than a finished run did, a new run, ``name``, goes on from its last
+        checkpoint with the same data and parameters. ``options`` replace those of the run. ``code`` is the folder of
+        the modules that the run was started with, where that was on another account: naming it allows them. Raises
+        `UsageError` where this trainer was given settings that the run does not have, and that are not given here.
+        """
         found = run if isinstance(run, Run) else catalog.open_run(run)
-        since = found.position
-        return watch(found.resume(leash=True), quiet=quiet, since=since)
+        settings = {"epochs": epochs, "iterations": iterations, **options}
+        self._refuse_other_settings(found.job, settings)
+        going, since = go_on(found, settings, leash=True, name=name, code=code)
+        return watch(going, quiet=quiet, since=since)
+
+    def _refuse_other_settings(self, job: Job, given: Mapping[str, Any]) -> None:
+        """Raise `UsageError` where the constructor's settings are not those of a run that is to go on."""
+        has = {**job.params, **job.options, "model": f"{job.backend}/{job.model}", "backend": job.backend}
+        other = {
+            name: value
+            for name, value in self._constructor.items()
+            if value is not None
+            and name not in {"code", "imports"}  # the run has its own copy
+            and given.get(name) is None
+            and str(value) not in (str(has.get(name)), job.model if name == "model" else None)
+        }
+        if other:
+            told = ", ".join(f"{name}={value!r}" for name, value in other.items())
+            raise UsageError(
+                f"the run goes on with what it was started with, and Trainer({told}) has other settings; leave them "
+                "out, Trainer().resume(run), or give to resume what may change: options, or a larger epochs="
+            )
 
     def explain(self, **settings: Any) -> Explanation:
         """Return every effective setting, its origin, and what the framework will be told. Starts nothing."""
@@ -217,13 +244,7 @@ class Trainer:
 
 def watch(run: Run, *, quiet: bool = False, since: int = 0) -> Run:
     """Follow a run to its end; Ctrl-C stops it, keeps its last checkpoint and is raised again."""
-    try:
-        return follow(run, quiet=quiet, since=since)
-    except KeyboardInterrupt:
-        if not quiet:
-            print("stopping after this step; the last checkpoint stays", file=sys.stderr)
-        run.stop()
-        raise
+    return follow(run, quiet=quiet, since=since, stop_on_interrupt=True)
 
 
 def _resolve(layers: Settings) -> _Resolved:
@@ -330,45 +351,23 @@ def _with_parent(params: Params, resolved: _Resolved) -> tuple[Params, Model | N
     return msgspec.structs.replace(params, weights=str(parent.path.absolute())), parent
 
 
-def _tell(rehearsal: Rehearsal, prepared: Mapping[str, Prepared]) -> list[str]:
-    """Compare the hyperparameters with the data; return what is not the same here, and what the data has to say."""
-    dialect, notes = rehearsal.dialect, rehearsal.notes
-    channels = {name: ready.data for name, ready in prepared.items()}
-    found = dialect.check(rehearsal.params, channels) if dialect.check else ()
-    refuse(dialect, found)
-    without_effect = [note for note in notes if note.fidelity == "unused" and note.origin != "default"]
-    approximate = [note for note in notes if note.fidelity == "approximate"]
-    return [str(note) for note in (*approximate, *without_effect, *found)]
-
-
 def _lay_out(workspace: Workspace, prepared: Mapping[str, Prepared], parent: Model | None) -> None:
     for channel, ready in prepared.items():
         workspace.write_dataset(channel, ready.data, ready.image_digests)
     if parent is not None:
         for file in sorted(path for path in parent.path.rglob("*") if path.is_file()):
-            place(file, workspace.parent_model / file.relative_to(parent.path))
+            place(file, workspace.parent_model / file.relative_to(parent.path), lasting=True)
 
 
 def _announce(workspace: Workspace, resolved: _Resolved, told: list[str], leash: bool) -> None:
-    life = "ends with this process" if leash else "goes on when this process ends; attach to it by its directory"
     shown = os.path.relpath(workspace.path)
     first = f"model {resolved.backend.name}/{resolved.model}" + (f": {resolved.reason}" if resolved.reason else "")
-    events: list[dict[str, float | str]] = [{"message": first}, {"message": f"run {shown}; the worker {life}"}]
+    events: list[dict[str, float | str]] = [{"message": first}, {"message": f"run {shown}; the worker {life(leash)}"}]
     if resolved.rehearsal is not None:
-        events.append(_request(resolved.rehearsal))
+        events.append(request_of(resolved.rehearsal))
     events += [{"message": message} for message in told]
     for values in events:
         workspace.log("log", values)
-
-
-def _request(rehearsal: Rehearsal) -> dict[str, float | str]:
-    """Return the event that keeps what was asked for: the given hyperparameters to read, all of them to compare."""
-    given = typed({note.name: note.value for note in rehearsal.notes if note.origin != "default"})
-    return {
-        "message": f"like {rehearsal.dialect.name}, given {given or 'nothing'}; its defaults for the rest",
-        "like": rehearsal.dialect.name,
-        "hyperparameters": msgspec.json.encode(rehearsal.params).decode(),
-    }
 
 
 def _one_of(name: str, setting: Setting | None, allowed: tuple[Any, ...], default: Any) -> Any:

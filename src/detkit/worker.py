@@ -1,6 +1,7 @@
 """``python -m detkit.worker RUN [CALLER]`` trains what a run directory asks for.
 
-``--serve MODEL OPTIONS MEMORY CALLER`` answers predictions; ``--export MODEL FORMAT FOLDER CALLER`` writes a model.
+``--serve MODEL OPTIONS MEMORY CALLER [CODE]`` answers predictions; ``--export MODEL FORMAT FOLDER CALLER [CODE]``
+writes a model; ``CODE`` is the folder of the user's own modules that it takes.
 ``CALLER`` is a `detkit.processes.Caller` as JSON; in a container, nobody calls.
 
 A local process, a process of another virtual environment and a container all run this. What this module imports is
@@ -23,19 +24,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import msgspec
 
 import detkit
+from detkit import forgetting, usercode
 from detkit.backends import PredictOptions, load_engine
 from detkit.detections import Detections
-from detkit.errors import DetkitError, Stopped, UsageError
+from detkit.errors import DetkitError, Stopped, UsageError, UserCodeFailed
+from detkit.files import lock_file
 from detkit.images import Image
 from detkit.job import Model, Workspace
-from detkit.processes import Caller, end_group
+from detkit.processes import HELD_CODE, Caller, end_group
 from detkit.wire import Exported, Opened, SharedMemory, serve
 
+_HOLD_TRIES, _HOLD_S = 10, 0.05
 LEASH_GRACE_S = 10.0
 """How long a worker may take to stop cleanly after its controller is gone."""
 
@@ -50,8 +54,30 @@ def main(arguments: list[str]) -> int:
 
 
 def train(workspace: Workspace, caller: str = "") -> int:
-    """Do the job of a run directory. A failure's reason ends up in ``output/failure``, never only in a log."""
+    """Do the job of a run directory. A failure's reason ends up in ``output/failure``, never only in a log.
 
+    Where another worker is at work in it, that one's run stays as it is, and the reason goes to standard error.
+    """
+    try:
+        held = hold(workspace)
+    except BlockingIOError:
+        message = f"another worker is at work in {workspace.path}; wait for its end: `detkit runs attach RUN` shows it"
+        print(message, file=sys.stderr)
+        return HELD_CODE
+    with held or contextlib.nullcontext():
+        return _train(workspace, caller)
+
+
+def hold(workspace: Workspace) -> IO[bytes] | None:
+    """Take the run directory's lock. Raises `BlockingIOError` where another worker has it."""
+    for _ in range(_HOLD_TRIES):
+        with contextlib.suppress(BlockingIOError):  # it may be somebody who only looks
+            return lock_file(workspace.lock)
+        time.sleep(_HOLD_S)
+    return lock_file(workspace.lock)
+
+
+def _train(workspace: Workspace, caller: str) -> int:
     def request_stop(signum: int = 0, frame: FrameType | None = None) -> None:
         workspace.stop_requested = True
 
@@ -65,24 +91,30 @@ def train(workspace: Workspace, caller: str = "") -> int:
             refuse_other_versions(caller)
         job = workspace.job()
         workspace.log("state", {"state": "running", "python": sys.executable})
+        usercode.load(job.code, workspace.code)
         trained = load_engine(job.engine).train(job, workspace)
         workspace.finish(job, trained, started=started)
+        forgetting.report(job, workspace)
         workspace.log("state", {"state": "finished"})
     except Stopped:
         workspace.log("state", {"state": "stopped"})
     except BaseException as error:
-        workspace.fail(*_reason(error))
+        reason, trace = _reason(error)
+        if isinstance(error, UserCodeFailed):
+            reason += ". mend it and start a new run; a run keeps the code that it was started with"
+        workspace.fail(reason, trace)
         with contextlib.suppress(OSError):  # the log may lie on a disk that is full
             traceback.print_exc()
         return error.exit_code if isinstance(error, DetkitError) else 3
     return 0
 
 
-def serve_model(path: str, options: str, memory: str, caller: str) -> int:
+def serve_model(path: str, options: str, memory: str, caller: str, code: str = "") -> int:
     """Load a model, say so on standard output with an `Opened` as one line, and answer requests.
 
     ``options`` is a `PredictOptions`, as JSON. Standard output is a socket, and the requests come on it; ``memory`` is
-    the descriptor of what both sides share, empty where there is none.
+    the descriptor of what both sides share, empty where there is none. ``code`` is the folder of the user's own modules
+    that the model takes, if it does.
     """
     output = os.dup(1)
     os.dup2(2, 1)  # whatever a framework prints is no answer
@@ -90,6 +122,7 @@ def serve_model(path: str, options: str, memory: str, caller: str) -> int:
     try:
         refuse_other_versions(caller)
         model = Model(path)
+        usercode.load(model.manifest.code, code or None, model=model.path)
         detector = load_engine(model.manifest.engine).load(model, msgspec.json.decode(options, type=PredictOptions))
         opened = Opened(error="")
     except BaseException as error:
@@ -107,7 +140,7 @@ def serve_model(path: str, options: str, memory: str, caller: str) -> int:
     return 0
 
 
-def export_model(path: str, format: str, folder: str, caller: str) -> int:
+def export_model(path: str, format: str, folder: str, caller: str, code: str = "") -> int:
     """Write a model in another format, say so on standard output with an `Exported` as one line."""
     output = os.dup(1)
     os.dup2(2, 1)
@@ -115,6 +148,7 @@ def export_model(path: str, format: str, folder: str, caller: str) -> int:
     try:
         refuse_other_versions(caller)
         model = Model(path)
+        usercode.load(model.manifest.code, code or None, model=model.path)
         exported = Exported(file=str(load_engine(model.manifest.engine).export(model, format, Path(folder))), error="")
     except BaseException as error:
         traceback.print_exc()

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from detkit import write_dataset
+from detkit.testing import tiny_dataset
+
 ECHO = ("--model", "echo/memory")
 
 
@@ -161,3 +164,37 @@ def _wait_for(folder: Path, pattern: str) -> None:
     while not any(folder.glob(pattern)):
         assert time.monotonic() < deadline, f"{folder}/{pattern} did not appear"
         time.sleep(0.02)
+
+
+def test_finished_run_is_made_longer(cli: Any, trained: Path, tmp_path: Path) -> None:
+    done = cli(
+        "train", "--resume", trained / "runs/first", "epochs=9", "--name", "longer", "--num-workers", "1", cwd=tmp_path
+    )
+    assert done.code == 0, done.err
+    assert "run    runs/longer" in done.out
+    assert "goes on from" in done.err
+    shown = cli("runs", "show", "longer", cwd=tmp_path)
+    assert "goes on    from step " in shown.out
+    assert " of first\n" in shown.out
+    refused = cli("train", "--resume", trained / "runs/first", "learning_rate=1", cwd=tmp_path)
+    assert refused.code == 2
+    assert "learning_rate is a parameter" in refused.err
+
+
+def test_incremental_training_tells_what_is_forgotten(cli: Any, data: Path, tmp_path: Path) -> None:
+    """In the summary, in `runs show` and in JSON."""
+    more = write_dataset(tiny_dataset(tmp_path / "more", num_images=20, seed=5), tmp_path / "parent-data")
+    parent = cli("train", more, *ECHO, "--name", "parent", "--quiet", "epochs=1", cwd=tmp_path)
+    assert parent.code == 0, parent.err
+    words = ("train", data, data, *ECHO, "epochs=1", "weights=parent", "--replay", "parent", "--replay-share", "0.2")
+    done = cli(*words, "--name", "child", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "replay: 5 of 13 images of parent join the 20 new ones" in done.err
+    assert "forgetting on 4 test images of parent: AP " in done.out
+    shown = cli("runs", "show", "child", cwd=tmp_path)
+    assert "forgetting on 4 test images of parent: AP " in shown.out
+    assert "replay     5 images of parent" in shown.out
+    found = cli("runs", "show", "child", "--json", cwd=tmp_path).json["forgetting"]
+    assert set(found) == {"data", "images", "overall", "classes"}
+    assert set(found["classes"]) == {"disc", "square"}
+    assert set(found["overall"]) == {"objects", "before", "after", "difference"}

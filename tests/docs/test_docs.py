@@ -377,6 +377,8 @@ def kind(about: Mapping[str, typing.Any]) -> str:
         return ", ".join(f"`{value}`" for value in sorted(about["enum"]))
     if "pattern" in about:
         return "`N epochs` or `N iterations`"
+    if about.get("type") == "array" and about["items"]["type"] == "number":
+        return "numbers"
     words = {
         "integer": "whole number", "number": "number", "string": "text", "null": "none", "array": "whole numbers"
     }  # fmt: skip

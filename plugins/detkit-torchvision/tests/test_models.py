@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,57 +11,42 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from msgspec import to_builtins
-from msgspec.structs import replace as changed
+from in_process import SMALL, lay_out, make_job, replace_option
 from safetensors.torch import load_file
 
 from detkit.backends import PredictOptions
-from detkit.data import Dataset
-from detkit.formats.checks import prepare
-from detkit.job import Job, Model, Workspace
+from detkit.data import Dataset, Sample
+from detkit.job import Model, Workspace
+from detkit.masks import decode
+from detkit_torchvision.architecture import Architecture, anchor_ratios, anchor_sizes
 from detkit_torchvision.copying import copy_by_name, head_rows
-from detkit_torchvision.engine import TorchvisionEngine, Training
-from detkit_torchvision.models import MODELS, build
-from detkit_torchvision.params import MODELS as SPECS
-from detkit_torchvision.params import TorchvisionOptions
-
-SMALL = {"ssdlite320_mobilenet_v3_large": 320, "ssd300_vgg16": 300}
-"""Input sizes of models that cannot have 64 pixels."""
-
-
-def make_job(model: str, data: Dataset, **settings: Any) -> Job:
-    size = SMALL.get(model, 64)
-    quick = {"iterations": 1, "epochs": None, "batch_size": 2, "image_size": size, "weights": None}
-    params = changed(SPECS[model].params, **{**quick, "max_detections": 100, **settings})
-    return Job(
-        backend="torchvision",
-        engine="detkit_torchvision.engine:TorchvisionEngine",
-        model=model,
-        params=to_builtins(params),
-        options=to_builtins(TorchvisionOptions(device="cpu")),
-        classes=list(data.classes),
-    )
-
-
-def lay_out(folder: Path, job: Job, data: Dataset) -> Workspace:
-    workspace = Workspace(folder)
-    workspace.create(job)
-    ready = prepare(data, on_invalid="raise")
-    for channel in ("train", "validation"):
-        workspace.write_dataset(channel, ready.data, ready.image_digests)
-    return workspace
+from detkit_torchvision.engine import TorchvisionEngine
+from detkit_torchvision.freezing import stages
+from detkit_torchvision.models import MODELS, build, chosen_architecture
+from detkit_torchvision.training import Training
 
 
 @pytest.mark.parametrize("model", sorted(MODELS))
-def test_train_save_open_detect(model: str, tiny: Dataset, tmp_path: Path) -> None:
+def test_train_resume_save_open_detect(model: str, masked: Dataset, tmp_path: Path) -> None:
+    """Two steps, the second of them once more from the checkpoint after the first, end with the same weights."""
+    data = masked[:2]
     settings = {"batch_size": 1} if model == "ssd300_vgg16" else {}  # its 300 pixels take long
-    job = make_job(model, tiny[:2], **settings)
-    workspace = lay_out(tmp_path / "run", job, tiny[:2])
+    job = make_job(model, data, iterations=2, checkpoint_every="1 iteration", **settings)
+    workspace = lay_out(tmp_path / "run", job, data)
+    shutil.rmtree(workspace.channel("validation"))  # no copy of the best weights makes checkpoints smaller
     trained = TorchvisionEngine().train(job, workspace)
+    assert all(np.isfinite(value) for value in trained.metrics.values())
+    whole = load_file(workspace.model / "weights.safetensors")
+    newest = max(workspace.checkpoints.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    newest.unlink()
+    trained = TorchvisionEngine().train(job, workspace)
+    resumed = load_file(workspace.model / "weights.safetensors")
+    assert any("resumed after step 1 of 2" in str(event["values"]) for event in events(workspace))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     workspace.finish(job, trained, started=0.0)
-    opened = Model(workspace.model)
-    detector = TorchvisionEngine().load(opened, PredictOptions(device="cpu", max_detections=7))
-    images = [tiny[0].image(), tiny[1].image()[:50]]
+    detector = TorchvisionEngine().load(Model(workspace.model), PredictOptions(device="cpu", max_detections=7))
+    images = [data[0].image(), data[1].image()[:50]]
     found = detector.detect(images)
     for one, image in zip(found, images, strict=True):
         assert (one.height, one.width) == image.shape[:2]
@@ -67,8 +54,114 @@ def test_train_save_open_detect(model: str, tiny: Dataset, tmp_path: Path) -> No
         assert one.boxes.dtype == np.float64
         assert np.isfinite(one.boxes).all()
         assert (np.diff(one.scores) <= 0).all()
-        assert set(one.names) <= set(tiny.classes)
+        assert set(one.names) <= set(data.classes)
+        assert (one.masks is not None) == MODELS[model].masks
+        assert all(decode(mask, (one.width, one.height)).shape == image.shape[:2] for mask in one.masks or ())
     detector.close()
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_a_step_in_bf16_with_a_frozen_stage(model: str, masked: Dataset, tmp_path: Path) -> None:
+    settings = {"iterations": 2, "checkpoint_every": "9 iterations"}
+    batch_size = 1 if model == "ssd300_vgg16" else 2  # its 300 pixels take long; norms of 1 x 1 pixels need two images
+    job = make_job(model, masked[:2], batch_size=batch_size, frozen_stages=1, amp="bf16", **settings)
+    training = Training(job, lay_out(tmp_path / "run", job, masked[:2]))
+    training.validation = None
+    training.prepare()
+    first, *later = stages(training.network)
+    before = [[value.clone() for part in stage for value in part.state_dict().values()] for stage in (first, later[-1])]
+    for _ in training.steps():
+        break
+    after = [[value for part in stage for value in part.state_dict().values()] for stage in (first, later[-1])]
+    assert all(torch.equal(old, new) for old, new in zip(before[0], after[0], strict=True))
+    moved = any(not torch.equal(old, new) for old, new in zip(before[1], after[1], strict=True))
+    assert moved or training.steps_left_out
+    assert all(value.isfinite().all() for value in training.network.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("model", "backbone"),
+    [
+        ("fasterrcnn_resnet50_fpn", "resnet34"),
+        ("fasterrcnn_resnet50_fpn", "resnext50_32x4d"),
+        ("fasterrcnn_resnet50_fpn", "mobilenet_v3_large"),
+        ("fasterrcnn_resnet50_fpn_v2", "resnet18"),
+        ("fasterrcnn_mobilenet_v3_large_fpn", "resnet18"),
+        ("maskrcnn_resnet50_fpn_v2", "mobilenet_v3_small"),
+        ("retinanet_resnet50_fpn", "mobilenet_v2"),
+        ("retinanet_resnet50_fpn_v2", "resnet18"),
+        ("fcos_resnet50_fpn", "mobilenet_v3_small"),
+    ],
+)
+def test_other_backbones(model: str, backbone: str) -> None:
+    """The pyramid keeps the model's strides whatever it stands on, so each level has its anchors."""
+    network: Any = build(model, 2, image_size=64, architecture=Architecture(backbone=backbone)).eval()
+    own: Any = build(model, 2, image_size=64).eval()
+    with torch.inference_mode():
+        levels, expected = (one.backbone(torch.zeros(1, 3, 128, 128)) for one in (network, own))
+        network([torch.zeros(3, 64, 64, dtype=torch.uint8)])
+    if "mobilenet" not in model:
+        assert {name: level.shape for name, level in levels.items()} == {
+            n: level.shape for n, level in expected.items()
+        }
+    assert len(levels) == len(expected)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert len(stages(network)) == 5
+
+
+def test_architecture_is_kept_with_the_model(masked: Dataset, tmp_path: Path) -> None:
+    """Numbers that ``auto`` took from the boxes are told, recorded, and used where the model is opened."""
+    auto = {"anchor_sizes": "auto", "anchor_ratios": "auto", "proposals": "auto", "backbone": "resnet18"}
+    job = make_job("fasterrcnn_resnet50_fpn", masked, image_size=192, **auto)
+    workspace = lay_out(tmp_path / "run", job, masked)
+    trained = TorchvisionEngine().train(job, workspace)
+    sides = np.sort(2 * np.sqrt((masked.boxes[:, 2:] - masked.boxes[:, :2]).prod(axis=1)))  # 96 pixels become 192
+    sizes, ratios = trained.native["anchor_sizes"], trained.native["anchor_ratios"]
+    assert sides[0] - 1 <= sizes[0] < sizes[1] < sizes[2] < sizes[3] < sizes[4]
+    assert abs(sizes[0] - np.quantile(sides, 0.1)) <= 0.5
+    assert ratios == [1, 1, 1]  # discs and squares
+    assert (trained.native["backbone"], trained.native["proposals"]) == ("resnet18", 1000)
+    told = [str(event["values"]["message"]) for event in events(workspace) if event["kind"] == "log"]
+    assert [line for line in told if "anchor_sizes=" in line and "proposals=1000" in line]
+    workspace.finish(job, trained, started=0.0)
+    network: Any = TorchvisionEngine().load(Model(workspace.model), PredictOptions(device="cpu"))._network
+    assert network.rpn.anchor_generator.sizes == tuple((size,) for size in sizes)
+    assert network.rpn.anchor_generator.aspect_ratios == ((1, 1, 1),) * 5
+
+
+def events(workspace: Workspace) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in workspace.metrics_file.read_text().splitlines()]
+
+
+def test_anchors_of_the_training_boxes() -> None:
+    sides = np.geomspace(10, 640, 101)[:, None] * [1, 2]
+    boxes = np.concatenate([np.zeros((101, 2)), sides], axis=1)
+    assert anchor_sizes(boxes) == tuple(float(round(sides[row, 0] * 2**0.5)) for row in (10, 30, 50, 70, 90))
+    assert anchor_ratios(boxes) == (2, 2, 2)
+    alike = anchor_sizes(boxes[:1])  # all of one size: a third of an octave apart
+    assert alike == (14, 18, 23, 29, 37)
+    assert anchor_sizes(boxes[:1] / 100) == (4, 6, 8, 11, 14)
+
+
+def test_chosen_anchors_and_proposals() -> None:
+    sizes, ratios = (8.0, 16.0, 24.0, 48.0, 96.0), (0.5, 2.0)
+    chosen = Architecture(anchor_sizes=sizes, anchor_ratios=ratios, proposals=5000)
+    network: Any = build("fasterrcnn_resnet50_fpn", 2, image_size=64, architecture=chosen)
+    assert network.rpn.anchor_generator.sizes == tuple((size,) for size in sizes)
+    assert network.rpn.head.cls_logits.out_channels == 2
+    assert set(network.rpn._pre_nms_top_n.values()) == set(network.rpn._post_nms_top_n.values()) == {5000}
+    network = build("fasterrcnn_mobilenet_v3_large_320_fpn", 2, image_size=64, architecture=chosen)
+    assert network.rpn.anchor_generator.sizes == (sizes,) * 3
+    fewer = replace(chosen, anchor_ratios=(), proposals=300)
+    network = build("fasterrcnn_resnet50_fpn_v2", 2, image_size=64, max_detections=400, architecture=fewer)
+    assert network.rpn._pre_nms_top_n == {"training": 2000, "testing": 400}  # detections cannot outnumber them
+    network = build("retinanet_resnet50_fpn", 2, image_size=64, architecture=replace(fewer, proposals=None))
+    assert network.anchor_generator.sizes[1] == (16, 20, 25)
+    many = Dataset.from_samples(
+        ["a"], [Sample(path="a.png", width=99, height=99, boxes=np.tile([0, 0, 9, 9], (130, 1)), names=("a",) * 130)]
+    )
+    params = {"backbone": None, "anchor_sizes": (), "anchor_ratios": (), "proposals": "auto"}
+    assert chosen_architecture("fasterrcnn_resnet50_fpn", params, 99, many).proposals == 1300
 
 
 @pytest.mark.parametrize("model", sorted(MODELS))
@@ -120,10 +213,6 @@ def test_interrupted_step_by_step(model: str, num_images: int, iterations: int, 
     left, right = (load_file(w.model / "weights.safetensors") for w in (lay, cut))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-def replace_option(job: Job, **options: Any) -> Job:
-    return changed(job, options={**job.options, **options})
 
 
 def test_images_without_boxes_train(tiny: Dataset, tmp_path: Path) -> None:

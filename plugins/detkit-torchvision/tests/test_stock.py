@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import detection, list_models
+from torchvision import models
+from torchvision.models import detection, get_model_builder, list_models
 
 import detkit
-from detkit.errors import InvalidValue, UnknownName
+from detkit.errors import InvalidValue, UnknownName, UsageError
 from detkit.job import Job, Workspace
+from detkit_torchvision.architecture import BACKBONES, OWN_BACKBONES
 from detkit_torchvision.copying import coco_weights, copy_by_name, head_rows
-from detkit_torchvision.engine import TorchvisionDetector
+from detkit_torchvision.detector import TorchvisionDetector
 from detkit_torchvision.models import MODELS, build, final_size
 from detkit_torchvision.params import COCO_FILES, suggest, weights_cache
 from detkit_torchvision.params import MODELS as SPECS
@@ -121,14 +123,70 @@ def test_file_names_are_torchvisions_in_the_order_of_their_scores() -> None:
 
 
 def test_every_box_detector_of_torchvision_is_here() -> None:
-    later = {"maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn"}
-    assert set(list_models(module=detection)) - later == set(COCO_FILES)
+    assert set(list_models(module=detection)) - {"keypointrcnn_resnet50_fpn"} == set(COCO_FILES)
+
+
+def test_backbones_are_torchvisions() -> None:
+    """Every network of its kinds; `detkit_torchvision.architecture` repeats the names, so that it needs no torch."""
+    kinds = {f"torchvision.models.{kind}" for kind in ("resnet", "mobilenetv2", "mobilenetv3")}
+    names = {name for name in list_models(module=models) if get_model_builder(name).__module__ in kinds}
+    assert set(BACKBONES) == names
+    pyramids = {name for name, spec in MODELS.items() if spec.coco is not None and not name.startswith("ssd")}
+    assert set(OWN_BACKBONES) == pyramids
+
+
+@pytest.mark.parametrize("name", sorted(set(OWN_BACKBONES) - {"retinanet_resnet50_fpn_v2"}))
+def test_fresh_networks_are_torchvisions_to_the_bit(name: str) -> None:
+    """What we put together is what its constructor makes, drawn in the same order."""
+    num_outputs = 3 + MODELS[name].label_offset
+    torch.manual_seed(7)
+    theirs: Any = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=num_outputs)
+    torch.manual_seed(7)
+    ours: Any = build(name, 3, image_size=64)
+    assert all(torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), ours.state_dict().values(), strict=True))
+    one, other = (getattr(model, "rpn", model) for model in (theirs, ours))
+    assert one.anchor_generator.sizes == other.anchor_generator.sizes
+    assert one.anchor_generator.aspect_ratios == other.anchor_generator.aspect_ratios
+    for limit in ("_pre_nms_top_n", "_post_nms_top_n", "nms_thresh", "topk_candidates"):
+        if "nms_thresh" not in limit or hasattr(theirs, "rpn"):
+            assert getattr(one, limit, None) == getattr(other, limit, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "reason"),
+    [
+        ("fasterrcnn_resnet50_fpn", {"backbone": "resnet51"}, "did you mean 'resnet50'"),
+        ("ssd300_vgg16", {"backbone": "resnet50"}, "ssd300_vgg16 has only its own"),
+        ("fcos_tiny", {"backbone": "resnet18"}, "fcos_tiny has only its own"),
+        ("retinanet_resnet50_fpn", {"backbone": "resnet18", "weights": "coco"}, "those weights are of resnet50"),
+        ("retinanet_resnet50_fpn", {"backbone": "resnet18"}, "choose weights=imagenet, none or a file"),
+        ("fcos_resnet50_fpn", {"anchor_sizes": "auto"}, "anchors of fcos_resnet50_fpn cannot be chosen"),
+        ("ssdlite320_mobilenet_v3_large", {"anchor_ratios": "1,2"}, "anchors of ssdlite320.* cannot be chosen"),
+        ("retinanet_resnet50_fpn", {"anchor_sizes": "8,16,32"}, "5 ascending sides"),
+        ("fasterrcnn_resnet50_fpn", {"anchor_sizes": "8,16,32,24,64"}, "5 ascending sides"),
+        ("fasterrcnn_resnet50_fpn", {"anchor_sizes": "8,16,32,64,-1"}, "> 0"),
+        ("retinanet_resnet50_fpn", {"proposals": 2000}, "has one stage"),
+        ("fasterrcnn_resnet50_fpn", {"augmentations": "hflip,copy_paste"}, "copy_paste needs masks"),
+    ],
+)
+def test_what_a_model_cannot_have_is_refused_at_once(
+    model: str, settings: dict[str, Any], reason: str, tiny: detkit.Dataset
+) -> None:
+    trainer = detkit.Trainer(model=f"torchvision/{model}", **settings)
+    with pytest.raises(UsageError, match=reason):
+        trainer.fit(tiny, tiny, quiet=True)
+    assert not Path("runs").exists()
 
 
 def test_suggestions_on_a_gpu_begin_with_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU gets only what it can train; a GPU the best of what is in the cache."""
+    """A CPU gets only what it can train; a GPU the best of what is in the cache and needs no masks."""
     weights_cache().mkdir(parents=True)
-    for name in ("ssd300_vgg16", "fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn"):
+    for name in (
+        "ssd300_vgg16",
+        "fasterrcnn_mobilenet_v3_large_320_fpn",
+        "fcos_resnet50_fpn",
+        "maskrcnn_resnet50_fpn_v2",
+    ):
         (weights_cache() / COCO_FILES[name]).touch()
     (tmp_path / "nvidia-smi").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -136,7 +194,7 @@ def test_suggestions_on_a_gpu_begin_with_the_best(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", "")
     assert suggest().model == "fasterrcnn_mobilenet_v3_large_320_fpn"
     (weights_cache() / COCO_FILES["fasterrcnn_mobilenet_v3_large_320_fpn"]).unlink()
-    assert suggest().model == "fcos_tiny"
+    assert suggest().model == "fcos_small"
 
 
 @pytest.mark.parametrize("image_size", [299, 512])

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torchvision.models import detection, mobilenet_v3_large, resnet50
+from torchvision.models import detection, get_model
 from torchvision.models.vgg import cfgs, make_layers
 
 import detkit
 from detkit.data import Dataset
 from detkit.errors import InvalidValue, RunFailed, UnknownName, UsageError, WeightsMissing
 from detkit.job import Job, Workspace
-from detkit_torchvision.copying import coco_weights
+from detkit_torchvision.architecture import OWN_BACKBONES, Architecture
+from detkit_torchvision.copying import coco_weights, head_rows
 from detkit_torchvision.models import build
 from detkit_torchvision.params import COCO_FILES, MODELS, suggest, weights_cache
-from detkit_torchvision.weights import IMAGENET, initialise, read_state_dict
+from detkit_torchvision.weights import imagenet_weights, initialise, read_state_dict
 
 MODEL = "ssdlite320_mobilenet_v3_large"
 
@@ -49,27 +51,35 @@ def test_coco_weights_from_the_cache(tiny: Dataset, tmp_path: Path) -> None:
     assert path.is_file()
 
 
-def classifier(model: str) -> dict[str, torch.Tensor]:
+def classifier(model: str, backbone: str | None) -> dict[str, torch.Tensor]:
     """Return the state dict of the classifier behind a detector; of VGG only the part that counts, as it is large."""
     if "vgg16" in model:
         layers = make_layers(cfgs["D"]).state_dict()
         return {f"features.{name}": value for name, value in layers.items()} | {"classifier.0.bias": torch.zeros(9)}
-    return (mobilenet_v3_large if "mobilenet" in model else resnet50)(weights=None).state_dict()
+    return get_model(backbone or OWN_BACKBONES[model], weights=None).state_dict()
 
 
-@pytest.mark.parametrize("model", sorted(IMAGENET))
-def test_imagenet_weights_fill_the_backbone(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "backbone"),
+    [
+        *((model, None) for model in sorted({*OWN_BACKBONES, "ssd300_vgg16"})),
+        ("fasterrcnn_resnet50_fpn_v2", "resnet18"),
+        ("maskrcnn_resnet50_fpn", "mobilenet_v2"),
+        ("retinanet_resnet50_fpn", "mobilenet_v3_small"),
+    ],
+)
+def test_imagenet_weights_fill_the_backbone(model: str, backbone: str | None, tmp_path: Path) -> None:
     torch.manual_seed(6)
-    theirs = classifier(model)
-    path = weights_cache() / IMAGENET[model].url.rpartition("/")[2]
+    theirs = classifier(model, backbone)
+    path = weights_cache() / imagenet_weights(model, backbone).url.rpartition("/")[2]
     path.parent.mkdir(parents=True)
     torch.save(theirs, path)
-    network = build(model, 2, image_size=300 if "300" in model else 64)
+    network = build(model, 2, image_size=300 if "300" in model else 64, architecture=Architecture(backbone))
     job = Job(
         backend="torchvision",
         engine="",
         model=model,
-        params={"weights": "imagenet"},
+        params={"weights": "imagenet", "backbone": backbone},
         options={},
         classes=["a", "b"],
     )
@@ -121,9 +131,47 @@ class Exploit:
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Exploit()))
-    with pytest.raises(UsageError, match="cannot be|safely"):
-        read_state_dict(tmp_path / "evil.pth")
+    torch.save({"model": {"weight": torch.zeros(1), "more": Exploit()}}, tmp_path / "zipped.pth")
+    for name in ("evil.pth", "zipped.pth"):
+        with pytest.raises(UsageError, match=f"{name} is no state dict that can be read safely"):
+            read_state_dict(tmp_path / name)
     assert not Path("pwned").exists()
+    torch.load(tmp_path / "zipped.pth", weights_only=False)
+    assert Path("pwned").exists(), "the file is harmless"
+
+
+@pytest.mark.parametrize("wrapping", ["model", "module."])
+def test_a_file_with_the_heads_of_other_classes(wrapping: str, tmp_path: Path) -> None:
+    """Five nameless classes and a background, as in models of PubLayNet: all but the heads is kept, and told."""
+    torch.manual_seed(8)
+    theirs = {
+        name: torch.randn_like(v) if v.is_floating_point() else v for name, v in _mask_rcnn(5).state_dict().items()
+    }
+    wrapped = {"model": theirs} if wrapping == "model" else {f"module.{name}": v for name, v in theirs.items()}
+    torch.save(wrapped, tmp_path / "layout.pth")
+    network = _mask_rcnn(2)
+    fresh = {name: value.clone() for name, value in network.state_dict().items()}
+    params = {"weights": str(tmp_path / "layout.pth")}
+    job = Job(
+        backend="torchvision",
+        engine="",
+        model="maskrcnn_resnet50_fpn",
+        params=params,
+        options={},
+        classes=["text", "table"],
+    )
+    origin = initialise(network, job, Workspace(tmp_path / "run"))
+    heads = head_rows(network)
+    assert len(heads) == 6
+    assert any("mask_predictor" in name for name in heads)
+    assert origin.skipped == sorted(heads)
+    assert (origin.kept, origin.new, origin.dropped) == ([], ["text", "table"], [])
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, fresh[name] if name in heads else theirs[name]), name
+
+
+def _mask_rcnn(num_classes: int) -> Any:
+    return build("maskrcnn_resnet50_fpn", num_classes, image_size=64, architecture=Architecture("resnet18"))
 
 
 def test_from_an_earlier_run_by_class_name(tiny: Dataset) -> None:
@@ -144,7 +192,7 @@ def test_from_an_earlier_run_by_class_name(tiny: Dataset) -> None:
 def test_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
     """``auto`` starts from scratch with nothing in the cache, and fine-tunes what is there."""
     monkeypatch.setenv("PATH", "")  # no nvidia-smi: as on a machine without a GPU
-    assert suggest().model == "fcos_tiny"
+    assert suggest().model == "fcos_small"
     assert "weights=coco" in suggest().reason
     fill_cache()
     assert suggest().model == MODEL

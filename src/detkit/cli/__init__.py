@@ -24,6 +24,7 @@ from detkit.cli import (
     export,
     messages,
     models,
+    plot,
     prediction,
     runs,
     training,
@@ -48,6 +49,7 @@ app.command(context_settings=_OPEN)(training.train)
 app.command()(prediction.predict)
 app.command()(evaluation.evaluate)
 app.command()(comparison.compare)
+app.command()(plot.plot)
 app.command()(export.export)
 app.command()(models.models)
 app.command(context_settings=_OPEN)(training.explain)

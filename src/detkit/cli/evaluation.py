@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from detkit.cli import messages
-from detkit.cli.prediction import ModelPlace
+from detkit.cli.prediction import Code, ModelPlace
 from detkit.cli.runs import Json
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def evaluate(
         list[str] | None, typer.Option(metavar="AP=0.3", help="Leave with 1 if a number is worse; repeatable.")
     ] = None,
     fresh: Fresh = False,
+    code: Code = None,
     as_json: Json = False,
 ) -> None:
     """Score a model, or a file of predictions, on images the model has not seen, by the COCO protocol."""
@@ -79,6 +80,7 @@ def evaluate(
         device=device,
         fresh=fresh,
         progress=sys.stderr.isatty(),
+        code=code,
     )
     interval = scores.interval()
     if not as_json:

@@ -18,6 +18,11 @@ ModelPlace = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="A run's folder or name, `last`, `best`, or a model's folder.")
 ]
 
+Code = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Your own modules that the model takes, where its run does not have them."),
+]
+
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
@@ -36,13 +41,14 @@ def predict(
     ] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
     isolate: Annotated[bool, typer.Option("--isolate", help="Open the model in a process of its own.")] = False,
+    code: Code = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON for each image.")] = False,
 ) -> None:
     """Find objects in images with a trained model."""
     from detkit.drawing import draw, write_picture
     from detkit.predictor import Predictor, find_model
 
-    opened = find_model(model)
+    opened = find_model(model, code)
     threshold = _threshold(score_threshold)
     sources = _list_images(source)
     targets = _targets(sources, _root(source, sources), save) if save else []

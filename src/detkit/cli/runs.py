@@ -22,6 +22,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def describe(run: "Run") -> dict[str, Any]:
     """Return what ``--json`` prints of a run wherever one is printed."""
+    import msgspec
+
     from detkit.runs import LocalRun
 
     status = run.status
@@ -30,26 +32,23 @@ def describe(run: "Run") -> dict[str, Any]:
         "status": status,
         "model": f"{run.job.backend}/{run.job.model}",
         "created": run.record.created if isinstance(run, LocalRun) else None,
-        "step": last_step(run),
+        "step": run.last_step,
         "metrics": run.metrics,
         "classes": run.job.classes,
     }
     if status == "finished":
         manifest = run.model.manifest
         record |= {"seconds": manifest.seconds, "score_threshold": manifest.score_threshold}
+        if run.forgetting is not None:
+            record["forgetting"] = msgspec.to_builtins(run.forgetting)
     return record
-
-
-def last_step(run: "Run") -> int:
-    """Return the number of steps that a run has told of."""
-    return max((event.step for event in run.events(follow=False) if event.step is not None), default=0)
 
 
 def print_summary(run: "Run") -> None:
     """Print how a run ended and what to type next."""
     place = messages.shown(run.path)
     if run.status != "finished":
-        print(f"{run.status} at step {last_step(run)}; continue with `detkit train --resume {place}`")
+        print(f"{run.status} at step {run.last_step}; continue with `detkit train --resume {place}`")
         return
     manifest = run.model.manifest
     print(f"run    {place}")
@@ -58,6 +57,8 @@ def print_summary(run: "Run") -> None:
         numbers = {n: v for n, v in manifest.metrics.items() if n in {f"{channel}/AP", f"{channel}/AP50"}}
         if numbers:
             print(f"{channel:<5}  " + "  ".join(f"{n} {v:.3f}" for n, v in numbers.items()) + f"  (images {images})")
+    if run.forgetting is not None:
+        print(run.forgetting)
     print(f"next:  detkit evaluate {place}" + ("" if "test" in manifest.data else " DATA"))
     print(f"       detkit predict {place} images/ --save out/")
 
@@ -121,9 +122,15 @@ def show(run: RunName, as_json: Json = False) -> None:
     print(f"classes    {', '.join(record['classes'])}")
     for channel, counts in record["data"].items():
         print(f"{channel:<10} {counts['images']} images, {counts['boxes']} boxes")
+    if (came_from := found.job.continued_from) is not None:
+        print(f"goes on    from step {came_from.step} of {came_from.run}")
+    if (replayed := found.job.replayed) is not None:
+        print(f"replay     {replayed.images} images of {replayed.source}")
     for title in ("metrics", "params", "options"):
         listed = (f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in record[title].items())
         print(f"{title:<10} {'  '.join(listed) or '-'}")
+    if found.forgetting is not None:
+        print(found.forgetting)
     print(f"log        {messages.shown(found.workspace.log_file)}")
 
 

@@ -1,16 +1,17 @@
 """``detkit train`` and ``detkit explain``."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from detkit.cli import messages
-from detkit.cli.runs import Json, describe, last_step, print_summary
+from detkit.cli.runs import Json, describe, print_summary
 from detkit.cli.words import Words, sort_words
 
 if TYPE_CHECKING:
+    from detkit.explanation import Explanation
     from detkit.runs import Run
-    from detkit.trainer import Explanation
 
 ModelName = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="`backend/model`, see `detkit models`; chosen if absent.")
@@ -26,6 +27,9 @@ Like = Annotated[
         help="Whose hyperparameters are given, if another tool's, such as `sagemaker-object-detection`.",
     ),
 ]
+
+_FLAGS = {"imports": "--import"}
+"""Flags whose names are not those of what they set."""
 
 
 def train(
@@ -54,8 +58,31 @@ def train(
     format: Annotated[
         str | None, typer.Option(metavar="FORMAT", help="The data's format; recognised if absent.")
     ] = None,
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA|parent", help="Train on some earlier images again; `parent`: those of the run in `weights=`."
+        ),
+    ] = None,
+    replay_share: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="How much of the training images they are; 0.2 if absent.")
+    ] = None,
+    code: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Your own modules, a folder or a .py file; copied into the run."),
+    ] = None,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import", metavar="MODULE", help="Import it before training, of --code or installed; repeatable."
+        ),
+    ] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Continue a stopped, interrupted or failed run in place.")
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Continue a stopped, interrupted or failed run in place; with more `epochs=`, a finished one anew.",
+        ),
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Start it, leave it running, and return.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
@@ -69,7 +96,8 @@ def train(
     from detkit.trainer import watch
 
     given = sort_words([*(words or []), *context.args], _own_flags(context))
-    own = {"model": model, "backend": backend, "like": like, "name": name, "on_invalid": on_invalid}
+    own: dict[str, Any] = {"model": model, "backend": backend, "like": like, "name": name, "on_invalid": on_invalid}
+    own |= {"replay": replay, "replay_share": replay_share, "code": code, "imports": imports or None}
     run: Run | None = None
     since = 0
     try:
@@ -121,13 +149,13 @@ def _resume(name: str, given: Words, own: dict[str, Any], *, detach: bool) -> "t
     """Return the run and where its new events begin."""
     from detkit import catalog
     from detkit.errors import UsageError
+    from detkit.resuming import go_on
 
-    extra = [*given.positions, *given.settings, *(f"--{n.replace('_', '-')}" for n, v in own.items() if v is not None)]
+    new_name, code = own.pop("name"), own.pop("code")
+    extra = [*given.positions, *(_FLAGS.get(n, f"--{n.replace('_', '-')}") for n, v in own.items() if v is not None)]
     if extra:
         raise UsageError(f"--resume continues a run as it was started; leave out {', '.join(extra)}")
-    found = catalog.open_run(name)
-    since = found.position
-    return found.resume(leash=not detach), since
+    return go_on(catalog.open_run(name), given.settings, leash=not detach, name=new_name, code=code)
 
 
 def _print_stopped(run: "Run | None", *, as_json: bool) -> None:
@@ -140,7 +168,7 @@ def _print_stopped(run: "Run | None", *, as_json: bool) -> None:
         print_summary(run)
     if run is not None and run.status != "finished":
         place = messages.shown(run.path)
-        messages.tell(f"stopped at step {last_step(run)}; continue with `detkit train --resume {place}`")
+        messages.tell(f"stopped at step {run.last_step}; continue with `detkit train --resume {place}`")
 
 
 def explain(

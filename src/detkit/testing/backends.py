@@ -174,9 +174,7 @@ class BackendTests:
         assert self._assert_resumed(jobs, "kill").status_after == "interrupted"
 
     def _assert_resumed(self, jobs: Jobs, how: str) -> Interrupted:
-        declared = getattr(plugins.backend(self.backend), "resume", None)
-        if declared is None:
-            pytest.skip(f"backend {self.backend!r} declares that it cannot resume")
+        declared = self._declared_resume()
         interrupted = jobs.interrupted(how)
         run = jobs.resume(how)
         assert run.status == "finished"
@@ -189,6 +187,31 @@ class BackendTests:
             assert _losses(run) == _losses(jobs.base)
             _assert_same(jobs.predict(run), jobs.predict(jobs.base))
         return interrupted
+
+    def test_resume_from_the_checkpoint_before_a_damaged_one(self, jobs: Jobs) -> None:
+        """Checkpoints are kept as `detkit.checkpoints` does: a damaged one is noticed, and there is one before it."""
+        declared = self._declared_resume()
+        run, first = jobs.resume_damaged()
+        assert 1 < first <= jobs.base.history[-1]["step"]
+        if declared == "exact":
+            _assert_same(jobs.predict(run), jobs.predict(jobs.base))
+
+    def test_finished_run_is_made_longer(self, jobs: Jobs) -> None:
+        """It goes on in a new directory; the finished run stays as it was."""
+        self._declared_resume()
+        before = jobs.base.history
+        run = jobs.lengthen()
+        assert run.path != jobs.base.path
+        assert run.job.continued_from is not None
+        assert run.job.continued_from.manifest == file_sha256(jobs.base.model.path / "detkit.json")
+        assert run.history[0]["step"] > before[-1]["step"], "it began again instead of continuing from its checkpoint"
+        assert jobs.base.history == before
+
+    def _declared_resume(self) -> str:
+        declared: str | None = getattr(plugins.backend(self.backend), "resume", None)
+        if declared is None:
+            pytest.skip(f"backend {self.backend!r} declares that it cannot resume")
+        return declared
 
     def test_incremental_starts_from_the_parent(self, jobs: Jobs) -> None:
         """A model that saw one more step is nearly as good as its parent, though its classes are in another order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 from detkit import plugins
+from detkit.catalog import open_run
 from detkit.data import Dataset
 from detkit.detections import Detections
 from detkit.errors import RunFailed
@@ -18,6 +20,7 @@ from detkit.files import place, write_json
 from detkit.io import read_dataset
 from detkit.job import Event, Workspace
 from detkit.predictor import Predictor
+from detkit.resuming import go_on
 from detkit.runs import LocalRun, Run
 from detkit.scores import SCORE_FLOOR
 from detkit.testing.data import tiny_dataset
@@ -117,6 +120,31 @@ class Jobs:
     def resume(self, how: str) -> Run:
         """Continue the interrupted run to its end."""
         return self._once(f"resumed {how}", lambda: self.interrupted(how).run.resume(leash=True).wait())
+
+    def lengthen(self) -> Run:
+        """Make the run of `base` an epoch longer."""
+        epochs = int(self.base.history[-1]["epoch"]) + 1
+        settings = {"epochs": epochs}
+
+        def finish() -> Run:
+            run, _ = go_on(self.base, settings, leash=True, name=str(self.folder / "longer"))
+            return run.wait()
+
+        return self._once("longer", finish)
+
+    def resume_damaged(self) -> tuple[Run, int]:
+        """Resume a copy of `base` without end, its last checkpoint damaged; return it and the first step it logs."""
+        path = Path(shutil.copytree(self.base.path, self.folder / "cut-off"))
+        (path / "model/detkit.json").unlink()
+        run = open_run(path)
+        last = max(run.workspace.checkpoints.glob("step-*"))
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        last.write_bytes(content)
+        since = run.position
+        run.resume(leash=True).wait()
+        first = next(e.step for e in run.events(follow=False, since=since) if e.kind == "metric" and e.step)
+        return run, first
 
     def _interrupt(self, how: str) -> Interrupted:
         import psutil

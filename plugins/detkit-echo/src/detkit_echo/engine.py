@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +67,18 @@ class EchoEngine(Engine):
         if workspace.parent_model.is_dir():
             memory, origin = with_parent(memory, Model(workspace.parent_model), data.classes)
             targets = np.concatenate([memory.thumbnails[: len(memory.thumbnails) - len(targets)], targets])
-        first_epoch = resume(workspace, memory, rng)
         per_epoch = len(targets)
+        done = resume(workspace, memory, rng)
         total = params["iterations"] or params["epochs"] * per_epoch
         metrics: dict[str, float] = {}
-        for epoch in range(first_epoch, math.ceil(total / per_epoch)):
+        for epoch in range(done // per_epoch, math.ceil(total / per_epoch)):
+            before = rng.bit_generator.state
             order = rng.permutation(per_epoch)[: total - epoch * per_epoch]
             for i, index in enumerate(order):
-                workspace.raise_if_stopped()
                 step = epoch * per_epoch + i + 1
+                if step <= done:
+                    continue
+                workspace.raise_if_stopped()
                 gap = targets[index] - memory.thumbnails[index]
                 with np.errstate(over="ignore", invalid="ignore"):  # a hopeless learning rate ends in the check below
                     loss = float(np.mean(gap**2))
@@ -89,17 +92,18 @@ class EchoEngine(Engine):
                     workspace.log("metric", {"train/loss": loss}, step=step, epoch=at)
                     workspace.log("progress", {"total_steps": total}, step=step, epoch=at)
             if validation is not None:
-                scores = validate(memory, validation, params["max_detections"])
-                metrics = {"val/AP": scores["AP"], "val/AP50": scores["AP50"]}
-                workspace.log("metric", metrics, step=min(total, (epoch + 1) * per_epoch), epoch=epoch + 1)
-            save_checkpoint(workspace, memory, rng, epoch + 1)
+                metrics = headlines("val", memory, validation, params["max_detections"])
+                workspace.log("metric", metrics, step=step, epoch=step / per_epoch)
+            save_checkpoint(workspace, memory, before if step % per_epoch else rng.bit_generator.state, step)
+        if validation is not None and not metrics:  # all steps had been done when it was ended
+            metrics = headlines("val", memory, validation, params["max_detections"])
         with atomic_write(workspace.model / "memory.npz") as file:
             memory.save(file)
         test = workspace.dataset("test")
         if test is not None:
-            final = validate(memory, test, params["max_detections"])
-            metrics |= {"test/AP": final["AP"], "test/AP50": final["AP50"]}
-            workspace.log("metric", {"test/AP": final["AP"], "test/AP50": final["AP50"]}, step=total)
+            final = headlines("test", memory, test, params["max_detections"])
+            metrics |= final
+            workspace.log("metric", final, step=total)
         return Trained(
             native={"learning_rate": params["learning_rate"]},
             weights=origin,
@@ -187,25 +191,24 @@ def with_parent(memory: Memory, parent: Model, classes: Sequence[str]) -> tuple[
     return merged, WeightsOrigin(source=str(parent.path), kept=kept, new=new)
 
 
-def validate(memory: Memory, data: Dataset, max_detections: int) -> Any:
-    """Score the memory on a data set by detkit's own evaluator."""
+def headlines(prefix: str, memory: Memory, data: Dataset, max_detections: int) -> dict[str, float]:
+    """Score the memory on a data set by detkit's own evaluator; return the numbers that are logged."""
     options = PredictOptions(score_threshold=SCORE_FLOOR, max_detections=max_detections)
     detector = EchoDetector(memory, data.classes, options)
-    return score(data, detector.detect([sample.image() for sample in data]), max_detections=max_detections)
+    scores = score(data, detector.detect([sample.image() for sample in data]), max_detections=max_detections)
+    return {f"{prefix}/{name}": scores[name] for name in ("AP", "AP50")}
 
 
-def save_checkpoint(workspace: Workspace, memory: Memory, rng: np.random.Generator, epochs_done: int) -> None:
-    """Leave everything that continuing exactly needs."""
-    state = json.dumps({"epochs_done": epochs_done, "rng": rng.bit_generator.state})
-    encoded = np.frombuffer(state.encode(), dtype=np.uint8)
-    step = epochs_done * len(memory.thumbnails)
+def save_checkpoint(workspace: Workspace, memory: Memory, rng: Mapping[str, Any], step: int) -> None:
+    """Leave everything that continuing exactly needs; ``rng`` is its state before the epoch of the next step."""
+    encoded = np.frombuffer(json.dumps({"step": step, "rng": rng}).encode(), dtype=np.uint8)
     Checkpoints(workspace.checkpoints).save(
         step, lambda file: np.savez(file, thumbnails=memory.thumbnails, state=encoded)
     )
 
 
 def resume(workspace: Workspace, memory: Memory, rng: np.random.Generator) -> int:
-    """Restore the newest whole checkpoint, if there is one, and return the number of epochs done."""
+    """Restore the newest whole checkpoint, if there is one, and return the number of steps done."""
     found = Checkpoints(workspace.checkpoints).newest(lambda message: workspace.log("log", {"message": message}))
     if found is None:
         return 0
@@ -213,6 +216,6 @@ def resume(workspace: Workspace, memory: Memory, rng: np.random.Generator) -> in
         memory.thumbnails[:] = saved["thumbnails"]
         state = json.loads(saved["state"].tobytes())
     rng.bit_generator.state = state["rng"]
-    done = int(state["epochs_done"])
-    workspace.log("state", {"state": "resumed"}, step=done * len(memory.thumbnails), epoch=done)
+    done = int(state["step"])
+    workspace.log("state", {"state": "resumed"}, step=done, epoch=done / len(memory.thumbnails))
     return done

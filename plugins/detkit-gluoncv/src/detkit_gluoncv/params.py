@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from detkit.backends import LocalOptions, ModelSpec
 from detkit.errors import InvalidValue, Unsupported, WeightsMissing
 from detkit.params import (
+    AnchorSizes,
     BatchSize,
     GradientClip,
     ImageSize,
@@ -38,10 +39,7 @@ class GluoncvParams(LoopParams, frozen=True, kw_only=True):
     weight_decay: WeightDecay = 5e-4
     gradient_clip: GradientClip | None = 10.0
     image_size: ImageSize = "auto"
-    anchor_sizes: Annotated[
-        tuple[float, ...],
-        Meta(description="anchor sides in pixels at the model's own input size, ascending, one more than feature maps"),
-    ] = ()
+    anchor_sizes: AnchorSizes = ()
     augmentations: Annotated[
         tuple[Augmentation, ...],
         Meta(description="random changes to each training image: light, zoom out, crop, mirror; all are SSD's recipe"),

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from detkit.backends import LocalBackend
 from detkit.hookspecs import hookimpl
-from detkit_torchvision.params import MODELS, TorchvisionOptions, require, suggest, translate
+from detkit_torchvision.params import MODELS, TorchvisionOptions, require, require_data, suggest, translate
 
 
 @hookimpl
@@ -28,4 +28,5 @@ def detkit_backends() -> Iterable[LocalBackend]:
         suggestion=suggest,
         translation=translate,
         requirement=require,
+        data_requirement=require_data,
     )

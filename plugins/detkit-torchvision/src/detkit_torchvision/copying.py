@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FasterRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.ssd import SSD
@@ -18,6 +19,10 @@ from detkit_torchvision.spec import Network
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+
+_WITHOUT_CLASSES = ("backbone.", "rpn.")
+"""How parameters are called that have nothing to do with classes, whatever the head."""
 
 
 class CocoWeights(NamedTuple):
@@ -59,19 +64,31 @@ def coco_weights(name: str) -> CocoWeights | None:
 def head_rows(model: Network) -> dict[str, int]:
     """The parameters that depend on the classes, by their name in the state dict, each with its rows per class.
 
-    The rows of such a parameter are laid out as anchors x classes, background included, x rows per class.
+    The rows of such a parameter are laid out as anchors x classes, background included, x rows per class. Empty where
+    the user's own code has put another head in place of torchvision's.
     """
+    try:
+        layers = _class_layers(model)
+    except AttributeError:
+        return {}
+    names = {module: name for name, module in model.named_modules()}
+    found = {f"{names[layer]}.{part}": rows for layer, rows in layers.items() for part in ("weight", "bias")}
+    own = model.state_dict().keys()
+    return {key: rows for key, rows in found.items() if key in own}
+
+
+def _class_layers(model: Network) -> dict[nn.Module, int]:
     if isinstance(model, SSD):
         levels = model.head.classification_head.module_list
         # A level of SSDLite is a block whose last layer predicts.
-        layers = {level[-1] if isinstance(level, nn.Sequential) else level: 1 for level in levels}
-    elif isinstance(model, FasterRCNN):
+        return {level[-1] if isinstance(level, nn.Sequential) else level: 1 for level in levels}
+    if isinstance(model, FasterRCNN):
         predictor = model.roi_heads.box_predictor
         layers = {predictor.cls_score: 1, predictor.bbox_pred: 4}
-    else:
-        layers = {model.head.classification_head.cls_logits: 1}
-    names = {module: name for name, module in model.named_modules()}
-    return {f"{names[layer]}.{part}": rows for layer, rows in layers.items() for part in ("weight", "bias")}
+        if isinstance(model, MaskRCNN):
+            layers[model.roi_heads.mask_predictor.mask_fcn_logits] = 1
+        return layers
+    return {model.head.classification_head.cls_logits: 1}
 
 
 def _renamed(model: Network, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,7 +114,11 @@ def copy_by_name(
 ) -> CopyReport:
     """Copies the weights of the same network trained with `old_classes` into `model`.
 
-    Outputs follow the name of their class, also when both sides have equally many: their order may differ.
+    Outputs follow the name of their class, also when both sides have equally many: their order may differ. Where no
+    name is known, no output is copied, not even the background's.
+
+    In a head of the user's own nobody knows which outputs are of which class: it is copied by name and shape where the
+    classes are the same in the same order, else only the backbone and the proposals are.
     """
     offset = MODELS[name].label_offset
     num_old, num_new = len(old_classes) + offset, len(new_classes) + offset
@@ -108,18 +129,25 @@ def copy_by_name(
 
     own = model.state_dict()
     state_dict = _renamed(model, state_dict)
-    rows = head_rows(model)
+    found_rows = head_rows(model).items()
+    # What has not a number of rows for every class is for all of them, such as boxes that no class has to itself.
+    rows = {key: n for key, n in found_rows if len(own[key]) % (n * num_new) == 0}
+    unknown_head = not rows and list(old_classes) != list(new_classes)
     # Weights trained with frozen norms lack this counter, which only a norm without momentum reads.
     skipped = [key for key in own.keys() ^ state_dict.keys() if not key.endswith("num_batches_tracked")]
     for key in own.keys() & state_dict.keys():
         fresh, earlier = own[key], state_dict[key]
-        if key in rows and len(fresh) * num_old == len(earlier) * num_new and fresh.shape[1:] == earlier.shape[1:]:
+        if (key in rows and not any(old_classes)) or (unknown_head and not key.startswith(_WITHOUT_CLASSES)):
+            skipped.append(key)
+        elif key in rows and len(fresh) * num_old == len(earlier) * num_new and fresh.shape[1:] == earlier.shape[1:]:
             by_class = earlier.view(-1, num_old, rows[key], *earlier.shape[1:])[:, source]
             fresh.view(-1, num_new, rows[key], *fresh.shape[1:])[:, target] = by_class.to(fresh)
         elif key not in rows and fresh.shape == earlier.shape:
             fresh.copy_(earlier)
         else:
             skipped.append(key)
+    if unknown_head or (rows and rows.keys() <= set(skipped)):
+        kept = []
     return CopyReport(
         kept=kept,
         new=[class_name for class_name in new_classes if class_name not in kept],

@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from detkit.detections import Detections
 from detkit.images import Image
+from detkit.masks import encode
 from detkit_torchvision.batches import resize
 from detkit_torchvision.models import MODELS, final_size
+
+_IN_MASK = 0.5
+"""Share from which a pixel is the object's, as torchvision's documentation has it."""
 
 
 class TorchvisionDetector:
@@ -41,6 +46,9 @@ class TorchvisionDetector:
             boxes = result["boxes"].double().cpu().numpy() * scale
             scores = result["scores"].double().cpu().numpy()
             order = np.argsort(-scores, kind="stable")
+            masks = None
+            if "masks" in result:
+                masks = _encoded(result["masks"].float().cpu()[order], torch.from_numpy(boxes[order]), width, height)
             found.append(
                 Detections(
                     path="",
@@ -50,9 +58,18 @@ class TorchvisionDetector:
                     boxes=np.clip(boxes, 0, [width, height, width, height])[order],
                     labels=(result["labels"].cpu().numpy() - offset)[order],
                     scores=scores[order],
+                    masks=masks,
                 )
             )
         return found
 
     def close(self) -> None:
         self._network = None
+
+
+def _encoded(shares: Tensor, boxes: Tensor, width: int, height: int) -> tuple[dict[str, Any], ...]:
+    """Lay ``(n, 1, 28, 28)`` masks into their boxes at an image's own size, one at a time, and encode them."""
+    return tuple(
+        encode(paste_masks_in_image(share[None], box[None], (height, width))[0, 0].numpy() >= _IN_MASK)
+        for share, box in zip(shares, boxes, strict=True)
+    )

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-from torchvision.models.detection.fcos import FCOS, FCOSHead
+from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.misc import Conv2dNormActivation
 
+from detkit_torchvision.alignment import AlignedFCOS
 from detkit_torchvision.spec import Settings, Spec
 
 if TYPE_CHECKING:
@@ -78,22 +79,20 @@ def _small_ssd(width: int, settings: Settings) -> SSD:
     )
 
 
-def _small_fcos(width: int, settings: Settings) -> FCOS:
+def _small_fcos(width: int, settings: Settings) -> AlignedFCOS:
     backbone = ConvPyramid(width)
-    # A level gets the objects that reach 4 to 8 of its anchor sizes from the point that predicts them. Anchors as large
-    # as the stride, FCOS's convention, leave small pictures to the first level alone; so ours grow with the picture.
-    # Their sizes are even because AnchorGenerator rounds the halves.
+    # An anchor's size is the unit of its point's distances to the sides of a box. It grows with the picture, so that
+    # the distances to learn do not. Sizes are even because AnchorGenerator rounds the halves.
     finest = 2 * max(1, round(settings.image_size / 80))
     anchors = AnchorGenerator(tuple((finest * 2**level,) for level in range(3)), ((1.0,),) * 3)
     head = FCOSHead(backbone.out_channels, 1, settings.num_outputs, num_convs=2)
     # torchvision clips distances with a ReLU: begun at 0 half of them would have no gradient.
     nn.init.constant_(head.regression_head.bbox_reg.bias, 3.0)
-    return FCOS(
+    return AlignedFCOS(
         backbone,
         settings.num_outputs,
         anchor_generator=anchors,
         head=head,
-        center_sampling_radius=1.5 * 8 / finest,  # in anchor sizes: 1.5 strides
         score_thresh=settings.score_threshold,
         nms_thresh=settings.nms_threshold,
         detections_per_img=settings.max_detections,

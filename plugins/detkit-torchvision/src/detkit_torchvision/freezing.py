@@ -17,7 +17,7 @@ class Frozen:
 
     def __init__(self, network: nn.Module, *, num_stages: int, norms: bool) -> None:
         """Raises `InvalidValue` where the backbone has fewer than ``num_stages``."""
-        known = stages(network)
+        known = stages(network) if num_stages else []
         if num_stages > len(known):
             raise InvalidValue("frozen_stages", num_stages, f"this backbone has {len(known)} stages")
         modules = [module for stage in known[:num_stages] for module in stage]
@@ -38,10 +38,11 @@ class Frozen:
 def stages(network: Any) -> list[list[nn.Module]]:
     """Return the stages of a network's backbone, from the image on, each as its modules.
 
-    They are those of torchvision's ``trainable_backbone_layers``: for a ResNet, the stem and its four layers; for a
-    MobileNet or a VGG, what lies between two halvings of the picture. Ours have a stem and three.
+    For a ResNet they are the stem and its four layers, as torchvision counts; for a MobileNet or a VGG, what lies
+    between two halvings of the picture, and SSD's own layers behind a VGG are none. Ours have a stem and three. A
+    network of the user's own that is built otherwise has none.
     """
-    backbone = network.backbone
+    backbone: Any = getattr(network, "backbone", None)
     if isinstance(backbone, ConvPyramid):
         return [[backbone.stem], *([stage] for stage in backbone.stages)]
     if isinstance(backbone, BackboneWithFPN):
@@ -50,6 +51,8 @@ def stages(network: Any) -> list[list[nn.Module]]:
             layers = [[part] for name, part in parts.items() if name.startswith("layer")]
             return [[part for name, part in parts.items() if not name.startswith("layer")], *layers]
         return _between_halvings(list(parts.values()))
+    if not hasattr(backbone, "features"):
+        return []
     body = [part for sequence in _sequences(backbone.features) for part in sequence]
     return _between_halvings(body)
 

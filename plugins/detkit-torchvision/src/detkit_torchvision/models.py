@@ -10,13 +10,14 @@ Every network takes uint8 images that already have their final size (`final_size
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
+from detkit_torchvision.architecture import OWN, Architecture, anchor_ratios, anchor_sizes, own_proposals
 from detkit_torchvision.family import FAMILY
 from detkit_torchvision.spec import Network, Settings, Spec
 from detkit_torchvision.stock import STOCK
@@ -30,6 +31,9 @@ Targets = list[dict[str, Tensor]]
 
 MODELS: Mapping[str, Spec] = {**FAMILY, **STOCK}
 
+PROPOSALS_PER_OBJECT = 10
+"""What ``proposals=auto`` takes."""
+
 
 def build(
     name: str,
@@ -39,6 +43,7 @@ def build(
     score_threshold: float = 0.01,
     nms_threshold: float | None = None,
     max_detections: int = 100,
+    architecture: Architecture = OWN,
 ) -> Network:
     """Builds a network with fresh weights; `num_classes` does not count a background."""
     spec = MODELS[name]
@@ -48,6 +53,7 @@ def build(
         score_threshold=score_threshold,
         nms_threshold=spec.nms_threshold if nms_threshold is None else nms_threshold,
         max_detections=max_detections,
+        architecture=architecture,
     )
     model = spec.construct(settings)
     model.transform = Normalize(spec.mean, spec.std, size_divisible=spec.size_divisible)
@@ -72,6 +78,22 @@ def input_size(wanted: int | str, model: str, data: Dataset) -> int:
         return spec.image_size
     median = float(np.median(data.sizes.max(axis=1)))
     return int(np.clip(32 * round(median / 32), 160, 320))
+
+
+def chosen_architecture(model: str, params: Mapping[str, Any], image_size: int, data: Dataset) -> Architecture:
+    """Return what the parameters choose of a network, with numbers of the training boxes where they say ``auto``."""
+    sizes, ratios, proposals = (params[name] for name in ("anchor_sizes", "anchor_ratios", "proposals"))
+    if proposals == "auto":
+        proposals = max(own_proposals(model), math.ceil(PROPOSALS_PER_OBJECT * len(data.boxes) / len(data)))
+    if "auto" in (sizes, ratios):
+        inputs = [final_size(model, image_size, width, height) for width, height in data.sizes.tolist()]
+        scales = np.repeat(np.tile(np.array(inputs) / data.sizes, 2), data.boxes_per_image(), axis=0)
+        boxes = (data.boxes * scales)[~data.crowd]
+        if sizes == "auto":
+            sizes = anchor_sizes(boxes) if len(boxes) else ()
+        if ratios == "auto":
+            ratios = anchor_ratios(boxes) if len(boxes) else ()
+    return Architecture(params["backbone"], tuple(sizes), tuple(ratios), proposals)
 
 
 class Normalize(nn.Module):

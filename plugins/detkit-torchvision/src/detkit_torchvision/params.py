@@ -8,14 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import Meta, structs
 from msgspec.structs import replace
 
 from detkit.backends import LocalOptions, ModelSpec, Suggestion
+from detkit.data import Dataset
 from detkit.errors import InvalidValue, WeightsMissing
 from detkit.params import (
     Amp,
+    AnchorRatios,
+    AutoAnchorSizes,
     AutoBatchSize,
+    Backbone,
     EmaDecay,
     FrozenStages,
     GradAccumulation,
@@ -28,17 +32,20 @@ from detkit.params import (
     NmsThreshold,
     Optimizer,
     Params,
+    Proposals,
     WeightDecay,
     Weights,
 )
+from detkit_torchvision.architecture import require_architecture
+from detkit_torchvision.masks import require_masks
 
-Augmentation = Literal["hflip", "vflip", "zoom", "color", "mosaic"]
+Augmentation = Literal["hflip", "vflip", "zoom", "color", "mosaic", "iou_crop", "copy_paste"]
 
 
 class TorchvisionParams(LoopParams, frozen=True):
     """Hyperparameters; the defaults are those of our own small family, learned from scratch."""
 
-    batch_size: AutoBatchSize = 8
+    batch_size: AutoBatchSize = 8  # type: ignore[assignment]  # wider than the loop's: the engine makes it a number
     grad_accumulation: GradAccumulation = 1
     learning_rate: LearningRate = 3e-3
     optimizer: Optimizer = "adamw"
@@ -63,13 +70,22 @@ class TorchvisionParams(LoopParams, frozen=True):
     augmentations: Annotated[
         tuple[Augmentation, ...],
         Meta(
-            description="random changes to each training image: mirror, turn upside down, zoom and crop, light, and a "
-            "crop of four images together (not in the last quarter of training)"
+            description="random changes to each training image: mirror, turn upside down, zoom and crop, light, a "
+            "crop of four images together (not in the last quarter of training), SSD's crop around objects, and "
+            "objects of another image pasted in (masks only)"
         ),
     ] = ("hflip",)
     weights: Weights = None
     nms_threshold: NmsThreshold | None = None
     max_detections: MaxDetections = "auto"
+    backbone: Backbone | None = None
+    anchor_sizes: AutoAnchorSizes = ()
+    anchor_ratios: AnchorRatios = ()
+    proposals: Proposals | None = None
+    modify: Annotated[
+        str | None,
+        Meta(description="module:function of your own code that gets the built network and returns the one to train"),
+    ] = None
 
 
 class TorchvisionOptions(LocalOptions, frozen=True, kw_only=True):
@@ -101,11 +117,20 @@ _LICENCE = "BSD-3-Clause (torchvision); trained on COCO 2017, whose own terms ma
 MODELS: Mapping[str, ModelSpec] = {
     "ssd_tiny": ModelSpec(params=TorchvisionParams(), summary="0.8 M parameters, SSD head; the fastest, CPU"),
     "fcos_tiny": ModelSpec(
-        params=TorchvisionParams(), summary="0.9 M parameters, FCOS head; the default from scratch, CPU"
+        params=TorchvisionParams(), summary="0.9 M parameters, FCOS head; learns from scratch in minutes, CPU"
     ),
     "fcos_small": ModelSpec(
-        params=replace(TorchvisionParams(), learning_rate=2e-3),
-        summary="2.7 M parameters, FCOS head; best from scratch given time, CPU",
+        params=replace(
+            TorchvisionParams(),
+            epochs=100,
+            batch_size=16,
+            learning_rate=2e-3,
+            weight_decay=0.05,
+            ema_decay=0.998,
+            augmentations=("hflip", "zoom", "color", "mosaic"),
+            validate_every="2 epochs",
+        ),
+        summary="2.7 M parameters, FCOS head; the default from scratch, half an hour a thousand images, CPU",
     ),
     "ssdlite320_mobilenet_v3_large": ModelSpec(
         params=replace(_STOCK, learning_rate=0.02, batch_size=16),
@@ -143,6 +168,12 @@ MODELS: Mapping[str, ModelSpec] = {
         weights=_ALL_WEIGHTS,
         licence=_LICENCE,
     ),
+    "maskrcnn_resnet50_fpn": ModelSpec(
+        params=replace(_STOCK, learning_rate=0.02 * 4 / 16),
+        summary="torchvision's first Mask R-CNN with ResNet-50, COCO AP 37.9, of masks 34.6; for a GPU",
+        weights=_ALL_WEIGHTS,
+        licence=_LICENCE,
+    ),
     "fcos_resnet50_fpn": ModelSpec(
         params=replace(_STOCK, learning_rate=0.01 * 4 / 16),
         summary="torchvision's FCOS with ResNet-50, COCO AP 39.2; for a GPU",
@@ -161,6 +192,12 @@ MODELS: Mapping[str, ModelSpec] = {
         weights=_ALL_WEIGHTS,
         licence=_LICENCE,
     ),
+    "maskrcnn_resnet50_fpn_v2": ModelSpec(
+        params=replace(_STOCK, learning_rate=0.02 * 4 / 16),
+        summary="torchvision's improved Mask R-CNN with ResNet-50, COCO AP 47.4, of masks 41.8; for a GPU",
+        weights=_ALL_WEIGHTS,
+        licence=_LICENCE,
+    ),
 }
 
 COCO_FILES: Mapping[str, str] = {
@@ -170,19 +207,25 @@ COCO_FILES: Mapping[str, str] = {
     "fasterrcnn_mobilenet_v3_large_fpn": "fasterrcnn_mobilenet_v3_large_fpn-fb6a3cc7.pth",
     "retinanet_resnet50_fpn": "retinanet_resnet50_fpn_coco-eeacb38b.pth",
     "fasterrcnn_resnet50_fpn": "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+    "maskrcnn_resnet50_fpn": "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
     "fcos_resnet50_fpn": "fcos_resnet50_fpn_coco-99b0c9b7.pth",
     "retinanet_resnet50_fpn_v2": "retinanet_resnet50_fpn_v2_coco-5905b1c5.pth",
     "fasterrcnn_resnet50_fpn_v2": "fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth",
+    "maskrcnn_resnet50_fpn_v2": "maskrcnn_resnet50_fpn_v2_coco-73cbd019.pth",
 }
 """torchvision's file names, ordered by AP on COCO; repeated here so that looking for them needs no torch."""
 
-_FROM_SCRATCH = "fcos_tiny"
+_FROM_SCRATCH = "fcos_small"
 
 _ON_A_CPU = ("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn")
 """What a CPU fine-tunes in hours, the lighter first: below 1 GFLOP an image; the next needs 4.5."""
 
 _ONLY_SIZE = {"ssd300_vgg16": 300}
 """Models whose default boxes are laid out for one size of input, in pixels."""
+
+
+MASK_MODELS = ("maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2")
+"""Models that learn masks, and need data that have them."""
 
 
 def weights_cache() -> Path:
@@ -194,7 +237,8 @@ def weights_cache() -> Path:
 
 def suggest() -> Suggestion:
     """Prefer the best model whose COCO weights are here and which this machine can train; else start from scratch."""
-    order = _ON_A_CPU if shutil.which("nvidia-smi") is None else tuple(reversed(COCO_FILES))
+    of_boxes = tuple(name for name in reversed(tuple(COCO_FILES)) if name not in MASK_MODELS)
+    order = _ON_A_CPU if shutil.which("nvidia-smi") is None else of_boxes
     for model in order:
         if (weights_cache() / COCO_FILES[model]).is_file():
             return Suggestion(model, f"its COCO weights are in {weights_cache()}, so it is fine-tuned")
@@ -213,8 +257,18 @@ def require(model: str, params: Params) -> None:
         raise InvalidValue("image_size", params.image_size, f"{model} takes inputs of {size} pixels only")
     if size is not None and params.multi_scale:
         raise InvalidValue("multi_scale", params.multi_scale, f"{model} takes inputs of {size} pixels only")
+    require_architecture(model, structs.asdict(params), params.weights)
+    if "copy_paste" in params.augmentations and model not in MASK_MODELS:
+        expected = f"copy_paste needs masks, which {model} does not learn; {' and '.join(MASK_MODELS)} do"
+        raise InvalidValue("augmentations", params.augmentations, expected)
     if params.weights == "auto" and not (path := weights_cache() / COCO_FILES[model]).is_file():
         raise WeightsMissing("auto", model, path, "they are not in the cache; weights=coco would fetch them")
+
+
+def require_data(model: str, channels: Mapping[str, Dataset]) -> None:
+    """Raise before a run is started for data that a model cannot learn from."""
+    if model in MASK_MODELS:
+        require_masks(model, channels)
 
 
 def translate(model: str, params: Params) -> Mapping[str, str]:
@@ -233,5 +287,6 @@ def translate(model: str, params: Params) -> Mapping[str, str]:
         "gradient_clip": f"clip_grad_norm_(max_norm={p.gradient_clip})" if p.gradient_clip else "",
         "nms_threshold": "nms_thresh / box_nms_thresh",
         "max_detections": "detections_per_img / box_detections_per_img",
+        "proposals": "rpn_{pre,post}_nms_top_n_test, and _train where above 2000",
         "momentum": "" if p.optimizer == "sgd" else f"not used by {p.optimizer}",
     }

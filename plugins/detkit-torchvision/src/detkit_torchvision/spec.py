@@ -10,6 +10,8 @@ from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
+from detkit_torchvision.architecture import OWN, Architecture
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -28,6 +30,7 @@ class Settings:
     score_threshold: float
     nms_threshold: float
     max_detections: int
+    architecture: Architecture = OWN
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Spec:
     std: tuple[float, float, float] = _IMAGENET_STD
     coco: Any = None
     """torchvision's enum member for weights trained on COCO."""
+    masks: bool = False
+    """Whether it learns and finds masks: targets have ``masks``, ``(n, h, w)`` uint8."""
     frozen_norms: bool = False
     """Whether torchvision trains it with frozen batch norms when it starts from weights (its `FrozenBatchNorm2d`)."""
     coco_without_eps: bool = False

@@ -3,48 +3,33 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchvision.models import detection
-from torchvision.models.detection.faster_rcnn import FasterRCNN
 
+from detkit_torchvision.architecture import OWN_BACKBONES, own_proposals
+from detkit_torchvision.pyramids import fcos, one_stage_limits, rcnn, retinanet
 from detkit_torchvision.spec import Network, Settings, Spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 
-def _one_stage(function: Callable[..., Network], num_candidates: int, settings: Settings) -> Network:
-    """SSD, RetinaNet or FCOS; ``num_candidates`` is torchvision's number of boxes that suppression is given."""
-    return function(
-        weights=None,
-        weights_backbone=None,
-        num_classes=settings.num_outputs,
-        score_thresh=settings.score_threshold,
-        nms_thresh=settings.nms_threshold,
-        detections_per_img=settings.max_detections,
-        topk_candidates=max(num_candidates, settings.max_detections),
-    )
+def _ssd(function: Callable[..., Network], num_candidates: int, settings: Settings) -> Network:
+    """SSD or SSDlite; ``num_candidates`` is torchvision's number of boxes that suppression is given."""
+    limits = one_stage_limits(settings, num_candidates)
+    return function(weights=None, weights_backbone=None, num_classes=settings.num_outputs, **limits)
 
 
 def _ssd300(settings: Settings) -> Network:
     assert settings.image_size == 300  # the controller checked; the steps of the default boxes are of 300 pixels
-    return _one_stage(detection.ssd300_vgg16, 400, settings)
+    return _ssd(detection.ssd300_vgg16, 400, settings)
 
 
-def _faster_rcnn(function: Callable[..., FasterRCNN], num_proposals: int, settings: Settings) -> FasterRCNN:
-    # Detections cannot outnumber proposals, and the 320 model has few of them.
-    num_proposals = max(num_proposals, settings.max_detections)
-    return function(
-        weights=None,
-        weights_backbone=None,
-        num_classes=settings.num_outputs,
-        box_score_thresh=settings.score_threshold,
-        box_nms_thresh=settings.nms_threshold,
-        box_detections_per_img=settings.max_detections,
-        rpn_pre_nms_top_n_test=num_proposals,
-        rpn_post_nms_top_n_test=num_proposals,
-    )
+def _on_pyramid(name: str, construct: Callable[..., Network], **facts: Any) -> Callable[[Settings], Network]:
+    if construct is rcnn:
+        facts["proposals"] = own_proposals(name)
+    return partial(construct, own=OWN_BACKBONES[name], **facts)
 
 
 _at_800 = partial(Spec, image_size=800, max_ratio=1333 / 800)
@@ -53,7 +38,7 @@ _at_800 = partial(Spec, image_size=800, max_ratio=1333 / 800)
 # as a row without a meaning could be detected; `copying.coco_weights` leaves theirs out.
 STOCK: Mapping[str, Spec] = {
     "ssdlite320_mobilenet_v3_large": Spec(
-        partial(_one_stage, detection.ssdlite320_mobilenet_v3_large, 300),
+        partial(_ssd, detection.ssdlite320_mobilenet_v3_large, 300),
         image_size=320,
         label_offset=1,
         nms_threshold=0.55,
@@ -62,7 +47,7 @@ STOCK: Mapping[str, Spec] = {
         coco=detection.SSDLite320_MobileNet_V3_Large_Weights.COCO_V1,
     ),
     "fasterrcnn_mobilenet_v3_large_320_fpn": Spec(
-        partial(_faster_rcnn, detection.fasterrcnn_mobilenet_v3_large_320_fpn, 150),
+        _on_pyramid("fasterrcnn_mobilenet_v3_large_320_fpn", rcnn),
         image_size=320,
         label_offset=1,
         nms_threshold=0.5,
@@ -81,14 +66,14 @@ STOCK: Mapping[str, Spec] = {
         coco=detection.SSD300_VGG16_Weights.COCO_V1,
     ),
     "fasterrcnn_mobilenet_v3_large_fpn": _at_800(
-        partial(_faster_rcnn, detection.fasterrcnn_mobilenet_v3_large_fpn, 1000),
+        _on_pyramid("fasterrcnn_mobilenet_v3_large_fpn", rcnn),
         label_offset=1,
         nms_threshold=0.5,
         frozen_norms=True,
         coco=detection.FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1,
     ),
     "retinanet_resnet50_fpn": _at_800(
-        partial(_one_stage, detection.retinanet_resnet50_fpn, 1000),
+        _on_pyramid("retinanet_resnet50_fpn", retinanet),
         label_offset=0,
         nms_threshold=0.5,
         frozen_norms=True,
@@ -96,30 +81,46 @@ STOCK: Mapping[str, Spec] = {
         coco_without_eps=True,
     ),
     "fasterrcnn_resnet50_fpn": _at_800(
-        partial(_faster_rcnn, detection.fasterrcnn_resnet50_fpn, 1000),
+        _on_pyramid("fasterrcnn_resnet50_fpn", rcnn),
         label_offset=1,
         nms_threshold=0.5,
         frozen_norms=True,
         coco=detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
         coco_without_eps=True,
     ),
+    "maskrcnn_resnet50_fpn": _at_800(
+        _on_pyramid("maskrcnn_resnet50_fpn", rcnn, masks=True),
+        label_offset=1,
+        nms_threshold=0.5,
+        masks=True,
+        frozen_norms=True,
+        coco=detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
+        coco_without_eps=True,
+    ),
     "fcos_resnet50_fpn": _at_800(
-        partial(_one_stage, detection.fcos_resnet50_fpn, 1000),
+        _on_pyramid("fcos_resnet50_fpn", fcos),
         label_offset=0,
         nms_threshold=0.6,
         frozen_norms=True,
         coco=detection.FCOS_ResNet50_FPN_Weights.COCO_V1,
     ),
     "retinanet_resnet50_fpn_v2": _at_800(
-        partial(_one_stage, detection.retinanet_resnet50_fpn_v2, 1000),
+        _on_pyramid("retinanet_resnet50_fpn_v2", retinanet, improved=True),
         label_offset=0,
         nms_threshold=0.5,
         coco=detection.RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1,
     ),
     "fasterrcnn_resnet50_fpn_v2": _at_800(
-        partial(_faster_rcnn, detection.fasterrcnn_resnet50_fpn_v2, 1000),
+        _on_pyramid("fasterrcnn_resnet50_fpn_v2", rcnn, improved=True),
         label_offset=1,
         nms_threshold=0.5,
         coco=detection.FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
+    ),
+    "maskrcnn_resnet50_fpn_v2": _at_800(
+        _on_pyramid("maskrcnn_resnet50_fpn_v2", rcnn, improved=True, masks=True),
+        label_offset=1,
+        nms_threshold=0.5,
+        masks=True,
+        coco=detection.MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from detkit.detections import Detections
-from detkit.errors import OutOfMemory, UsageError
-from detkit.files import atomic_write
+from detkit.errors import InvalidValue, OutOfMemory, UsageError
+from detkit.files import atomic_write, write_json
 from detkit.job import Job, Trained, Workspace
 from detkit.loop import Counters, TrainingLoop, load_ahead, loading_threads
 from detkit.scores import SCORE_FLOOR, Scores, score
@@ -24,8 +25,9 @@ from detkit_torchvision.batches import Batch, Inputs, cache_budget, load_batch
 from detkit_torchvision.detector import TorchvisionDetector
 from detkit_torchvision.devices import choose_device, describe_device, to_device, use_threads
 from detkit_torchvision.freezing import Frozen
-from detkit_torchvision.memory import images_that_fit, is_out_of_memory
-from detkit_torchvision.models import MODELS, build, input_size
+from detkit_torchvision.memory import how_many, is_out_of_memory, kept_for_backward
+from detkit_torchvision.models import MODELS, build, chosen_architecture, input_size
+from detkit_torchvision.modify import modified
 from detkit_torchvision.weights import ARTIFACT, initialise
 
 PREDICT_BATCH = 16
@@ -35,6 +37,12 @@ MOSAIC_UNTIL = 0.75
 
 _SIZE_STEP = 32
 """Pixels between two sizes that ``multi_scale`` trains at."""
+
+LARGEST_AUTO_BATCH = 64
+"""What ``batch_size=auto`` chooses at most."""
+
+_LEAST_STEPS = 8
+"""Steps of an epoch that it leaves at least."""
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,11 +65,16 @@ class Training(TrainingLoop[Batch]):
             if (warning := use_threads(job.options["threads"])) is not None:
                 self.say(warning)
             torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs 4 times the step, changes no result
+            # Costs 4 times the step and changes no result.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if self.params["amp"] == "fp16" and self.device.type == "cpu":
             raise UsageError("amp=fp16 needs a GPU; on a CPU choose amp=bf16 or none")
         self.spec = MODELS[job.model]
         self.image_size = input_size(self.params["image_size"], job.model, self.data)
+        if 0 < self.params["multi_scale"] * self.image_size < _SIZE_STEP:
+            least = f"at least {_SIZE_STEP / self.image_size:.2f}, as sizes are {_SIZE_STEP} pixels apart"
+            raise InvalidValue("multi_scale", self.params["multi_scale"], least)
+        self.architecture = chosen_architecture(job.model, self.params, self.image_size, self.data)
         torch.manual_seed(self.params["seed"])
         self.network: Any = build(
             job.model,
@@ -70,12 +83,12 @@ class Training(TrainingLoop[Batch]):
             score_threshold=SCORE_FLOOR,
             nms_threshold=self.params["nms_threshold"],
             max_detections=self.params["max_detections"],
+            architecture=self.architecture,
         )
-        budget = cache_budget()
-        self.inputs = Inputs(self.data, job.model, self.image_size, budget)
-        budget -= self.inputs.num_bytes
-        self.validation = self._inputs("validation", budget)
-        self.test = self._inputs("test", budget - (self.validation.num_bytes if self.validation else 0))
+        self.network = modified(self.network, self.params.get("modify"), job.model, len(job.classes))
+        self.inputs = Inputs(self.data, job.model, self.image_size, cache_budget())
+        self.steps_left_out = 0
+        """Steps of this process that were not taken, as half precision gave no gradients."""
 
     def run(self) -> Trained:
         self.prepare()
@@ -85,9 +98,13 @@ class Training(TrainingLoop[Batch]):
 
     def prepare(self) -> None:
         """Put the network, its weights and the optimizer where training begins, or where a checkpoint left them."""
+        budget = cache_budget() - self.inputs.num_bytes
+        self.validation = self._inputs("validation", budget)
+        self.test = self._inputs("test", budget - (self.validation.num_bytes if self.validation else 0))
         if not self.resumes:
-            self.origin = initialise(self.network, self.job, self.workspace)
+            self.origin = initialise(self.network, self.job, self.workspace, self.architecture)
             self.tell_origin()
+            self._tell_architecture()
         to_device(self.network, self.device)
         self.frozen = Frozen(self.network, num_stages=self.params["frozen_stages"], norms=self._freezes_norms())
         self.optimizer = self._make_optimizer()
@@ -125,31 +142,41 @@ class Training(TrainingLoop[Batch]):
             group["lr"] = self.learning_rate(self.step)
         self.network.train()
         self.frozen.keep()
+        with self._memory_error_explained():
+            parts = self._backward(batch)
+            self._optimize()
+        self._update_average()
+        return parts
+
+    def _backward(self, batch: Batch) -> dict[str, float]:
+        """Leave the gradients of a batch, taken in one or more passes; return the loss and its parts."""
         self.optimizer.zero_grad()
-        passes = np.array_split(
-            np.arange(len(batch.indices)), min(self.params["grad_accumulation"], len(batch.indices))
-        )
+        num_passes = min(self.params["grad_accumulation"], len(batch.indices))
         sums: dict[str, float] = {}
-        try:
-            for rows in passes:
-                losses = self._losses(self.network, batch, rows)
-                share = len(rows) / len(batch.indices)
-                total = torch.stack(list(losses.values())).sum() * share
-                parts = {"loss": total.item(), **{name: value.item() * share for name, value in losses.items()}}
-                sums = {name: sums.get(name, 0.0) + value for name, value in parts.items()}
-                self.check_finite(sums, batch.indices)
-                self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise self._out_of_memory(len(passes[0])) from error
-            raise
-        if self.params["gradient_clip"]:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.params["gradient_clip"])
+        for rows in np.array_split(np.arange(len(batch.indices)), num_passes):
+            losses = self._losses(self.network, batch, rows)
+            parts = torch.stack(list(losses.values())) * (len(rows) / len(batch.indices))
+            total = parts.sum()
+            for name, value in zip(["loss", *losses], torch.cat([total[None], parts]).tolist(), strict=True):
+                sums[name] = sums.get(name, 0.0) + value
+            self.check_finite(sums, batch.indices)
+            self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        return sums
+
+    def _optimize(self) -> None:
+        """Take a step along the gradients.
+
+        In half precision it is left out where they are not finite: `torch.amp.GradScaler` does so for fp16, and on CPUs
+        torch's own kernels now and then return gradients of bf16 that are none.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.params["gradient_clip"] or float("inf"))
+        if self.params["amp"] == "bf16" and not norm.isfinite():
+            self.steps_left_out += 1
+            self.say(f"step {self.step + 1} was left out, as bf16 gave gradients that are not finite")
+            return
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._update_average()
-        return sums
 
     def _losses(self, network: Any, batch: Batch, rows: Any) -> dict[str, Tensor]:
         """Return the parts of the loss of some of a batch's images, as one mean over them."""
@@ -174,7 +201,10 @@ class Training(TrainingLoop[Batch]):
                 kept.copy_(own[name])
 
     def validate(self) -> Scores | None:
-        return None if self.validation is None else self._score(self.validation)
+        if self.validation is None:
+            return None
+        with self._memory_error_explained():
+            return self._score(self.validation)
 
     @torch.no_grad()
     def validation_losses(self) -> dict[str, float]:
@@ -188,14 +218,26 @@ class Training(TrainingLoop[Batch]):
                 part.eval()
         torch.manual_seed(self.params["seed"])  # two-stage detectors sample what they are judged by
         sums: dict[str, float] = {}
-        for start in range(0, len(inputs.data), self.params["batch_size"]):
-            self.workspace.raise_if_stopped()
-            chosen = range(start, min(start + self.params["batch_size"], len(inputs.data)))
+        for chosen in self._passes(inputs):
             seeds = [[0]] * len(chosen)
             batch = load_batch(inputs, chosen, seeds=seeds, label_offset=self.spec.label_offset, augmentations=())
-            for name, value in self._losses(network, batch, range(len(chosen))).items():
+            with self._memory_error_explained():
+                losses = self._losses(network, batch, range(len(chosen)))
+            for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(chosen) / len(inputs.data)
         return {"loss": sum(sums.values()), **sums}
+
+    def _passes(self, inputs: Inputs) -> Iterator[range]:
+        """Yield the images of each pass over a channel: no more at once than one of training has."""
+        size = min(PREDICT_BATCH, self.images_per_pass)
+        for start in range(0, len(inputs.data), size):
+            self.workspace.raise_if_stopped()
+            yield range(start, min(start + size, len(inputs.data)))
+
+    @property
+    def images_per_pass(self) -> int:
+        """The most images that are on the device at once."""
+        return -(-int(self.params["batch_size"]) // int(self.params["grad_accumulation"]))
 
     def snapshot(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.scored.state_dict().items()}
@@ -223,9 +265,7 @@ class Training(TrainingLoop[Batch]):
     def _score(self, inputs: Inputs) -> Scores:
         detector = TorchvisionDetector(self.scored, self.job.model, self.job.classes, self.image_size)
         found: list[Detections] = []
-        for start in range(0, len(inputs.data), PREDICT_BATCH):
-            self.workspace.raise_if_stopped()
-            chosen = range(start, min(start + PREDICT_BATCH, len(inputs.data)))
+        for chosen in self._passes(inputs):
             sizes = [(int(w), int(h)) for w, h in inputs.data.sizes[chosen.start : chosen.stop]]
             found += detector.detect_inputs([inputs.image(i) for i in chosen], sizes)
         return score(inputs.data, found, max_detections=self.params["max_detections"], score_floor=SCORE_FLOOR)
@@ -240,6 +280,7 @@ class Training(TrainingLoop[Batch]):
         return Trained(
             native={
                 "image_size": self.image_size,
+                **self.architecture.native(),
                 "batch_size": self.params["batch_size"],
                 "peak_learning_rate": self.peak_learning_rate,
                 "steps": self.step,
@@ -273,6 +314,16 @@ class Training(TrainingLoop[Batch]):
             return self.spec.frozen_norms and self.params["weights"] is not None
         return bool(self.params["batch_norm"] == "frozen")
 
+    def _tell_architecture(self) -> None:
+        """Say which numbers ``auto`` chose."""
+        chosen = [name for name, value in self.architecture.native().items() if self.params[name] == "auto"]
+        if chosen:
+            values = (
+                f"{name}={','.join(f'{one:g}' for one in np.ravel(getattr(self.architecture, name)))}"
+                for name in chosen
+            )
+            self.say(f"chosen from the training boxes: {' '.join(values)}")
+
     def _scale(self, step: int) -> float:
         """Return how much larger than ``image_size`` the images of a step are."""
         if not self.params["multi_scale"]:
@@ -281,20 +332,37 @@ class Training(TrainingLoop[Batch]):
         shift = int(np.random.default_rng([self.params["seed"], step]).integers(-reach, reach + 1))
         return max(_SIZE_STEP, self.image_size + shift * _SIZE_STEP) / self.image_size
 
-    def _out_of_memory(self, num_images: int) -> OutOfMemory:
-        """Say what would fit, which can be measured only where one image does."""
-        self.optimizer.zero_grad()
+    @contextlib.contextmanager
+    def _memory_error_explained(self) -> Iterator[None]:
+        """Raise `OutOfMemory`, which says what would fit, in place of what torch raises."""
         try:
-            fits = images_that_fit(self.network, self.inputs, self.spec.label_offset, self.device)
-        except (RuntimeError, MemoryError):
-            fits = 0
-        passes = -(-self.params["batch_size"] // max(1, fits))
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            cause = str(error)
+        else:
+            return
+        # Here the failed pass is gone, whose tensors its traceback held.
+        self.optimizer.zero_grad()
+        fits, asked = self.images_that_fit(), self.images_per_pass
         advice = (
-            f"about {fits} would fit: batch_size={fits} changes what is learned, grad_accumulation={passes} does not"
-            if 0 < fits < num_images
+            f"about {fits} would fit: with grad_accumulation={-(-self.params['batch_size'] // fits)} the batch stays "
+            f"as it is, with batch_size={fits} it gets smaller"
+            if 0 < fits < asked
             else f"choose an image_size below {self.image_size}, a lighter model, or free memory"
         )
-        return OutOfMemory(num_images, self.image_size, describe_device(self.device), advice)
+        raise OutOfMemory(asked, self.image_size, describe_device(self.device), f"{advice} ({cause.splitlines()[0]})")
+
+    def images_that_fit(self) -> int:
+        """Return about how many images a pass has memory for, 0 where not even one fits. Trains nothing."""
+        sizes = self.inputs.sizes
+        largest = max(range(len(sizes)), key=lambda index: sizes[index][0] * sizes[index][1])
+        batch = load_batch(self.inputs, [largest], seeds=[[0]], label_offset=self.spec.label_offset, augmentations=())
+        kept = kept_for_backward(self.network, lambda: self._losses(self.network, batch, [0]))
+        # A batch is as wide as its widest image and as high as its highest, and may be scaled up.
+        padding = max(width for width, _ in sizes) * max(height for _, height in sizes) / np.prod(sizes[largest])
+        return how_many(kept * float(padding) * (1 + self.params["multi_scale"]) ** 2, self.device)
 
     def _inputs(self, channel: str, budget: int) -> Inputs | None:
         """Return a channel that is only scored. Every image is decoded once now, not after hours of training."""
@@ -306,3 +374,31 @@ class Training(TrainingLoop[Batch]):
             self.workspace.raise_if_stopped()
             inputs.image(index)
         return inputs
+
+
+def with_batch_size(job: Job, workspace: Workspace) -> Job:
+    """Return the job with a number where ``batch_size`` is ``auto``; the same one again where the run goes on.
+
+    It is a power of two, of which an epoch has at least 8. Raises `OutOfMemory` where not one image fits.
+    """
+    if job.params["batch_size"] != "auto":
+        return job
+    chosen = workspace.checkpoints / "batch_size.json"
+    if chosen.is_file():
+        return _with_batches_of(job, msgspec.json.decode(chosen.read_bytes(), type=int))
+    probe = Training(_with_batches_of(job, 1), workspace)
+    to_device(probe.network, probe.device)
+    fits, device = probe.images_that_fit(), describe_device(probe.device)
+    if not fits:
+        advice = f"choose an image_size below {probe.image_size}, a lighter model, or free memory"
+        raise OutOfMemory(1, probe.image_size, device, advice)
+    most = max(1, min(fits * job.params["grad_accumulation"], LARGEST_AUTO_BATCH, len(probe.data) // _LEAST_STEPS))
+    size = 1 << (most.bit_length() - 1)
+    write_json(chosen, size)
+    message = f"batch_size {size}: about {fits} images of {probe.image_size} pixels fit on {device}"
+    workspace.log("log", {"message": message})
+    return _with_batches_of(job, size)
+
+
+def _with_batches_of(job: Job, size: int) -> Job:
+    return msgspec.structs.replace(job, params={**job.params, "batch_size": size})
