@@ -128,7 +128,7 @@ MODELS: Mapping[str, ModelSpec] = {
             weight_decay=0.05,
             ema_decay=0.998,
             augmentations=("hflip", "zoom", "color", "mosaic"),
-            validate_every="2 epochs",
+            validate_every="4 epochs",
         ),
         summary="2.7 M parameters, FCOS head; the default from scratch, half an hour a thousand images, CPU",
     ),
