@@ -17,7 +17,7 @@ import detkit
 from detkit.data import Dataset
 from detkit.errors import InvalidValue, OutOfMemory, UsageError
 from detkit_torchvision.batches import Batch
-from detkit_torchvision.freezing import stages
+from detkit_torchvision.freezing import Frozen, stages
 from detkit_torchvision.memory import free_memory
 from detkit_torchvision.models import MODELS, build
 from detkit_torchvision.training import Training, with_batch_size
@@ -102,6 +102,13 @@ def test_frozen_stages_stay(begin: Any) -> None:
     assert any("running_mean" in name for name in moved), "the norms of other stages learn"
     with pytest.raises(InvalidValue, match="frozen_stages=9.*has 4 stages"):
         begin(frozen_stages=9)
+
+
+def test_a_network_of_the_users_own_has_no_stages() -> None:
+    own = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    Frozen(own, num_stages=0, norms=False).keep()
+    with pytest.raises(InvalidValue, match="frozen_stages=1.*has 0 stages"):
+        Frozen(own, num_stages=1, norms=False)
 
 
 def test_frozen_norms_keep_statistics_and_weights(begin: Any) -> None:
@@ -241,7 +248,9 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from in_process import lay_out, make_job
 from detkit.testing import tiny_dataset
-from detkit_torchvision.training import Training, with_batch_size
+from detkit_torchvision import memory
+from detkit_torchvision.training import Training
+memory.free_memory = lambda device: 400 << 20  # malloc keeps what was freed, so the limit below cannot be asked
 data = tiny_dataset(Path("tiny"))
 job = make_job("fcos_tiny", data, batch_size=8, image_size=640)
 training = Training(job, lay_out(Path("run"), job, data))

@@ -219,3 +219,21 @@ def test_on_a_machine_without_a_gpu(tiny: Dataset) -> None:
         pytest.skip("this machine has one")
     with pytest.raises(RunFailed, match=r"device='cuda'.*0 CUDA device.*device=cpu"):
         detkit.Trainer(model="torchvision/fcos_tiny", iterations=1, device="cuda").fit(tiny, tiny, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        ({"backbone": "mobilenet_v3_small"}, "another backbone; give backbone=mobilenet_v3_small"),
+        ({"anchor_sizes": (4.0, 6, 8, 11, 14)}, "another anchor_sizes; give anchor_sizes=4,6,8,11,14"),
+    ],
+)
+def test_weights_of_another_architecture(
+    theirs: dict[str, Any], expected: str, tiny: detkit.Dataset, tmp_path: Path
+) -> None:
+    """Their shapes may fit in part, or whole: the outputs would be of other anchors."""
+    quick = {"model": "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn", "iterations": 1, "image_size": 64}
+    settings = {**quick, "device": "cpu", "batch_size": 2, "weights": "none"}
+    parent = detkit.Trainer(**settings, **theirs).fit(tiny[:2], tiny[:2], quiet=True)
+    with pytest.raises(RunFailed, match=expected):
+        detkit.Trainer(**{**settings, "weights": parent}).fit(tiny[:2], tiny[:2], quiet=True)

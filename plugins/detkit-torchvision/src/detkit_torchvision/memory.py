@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -55,18 +54,15 @@ def how_many(kept: float, device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device; on a CPU, those that a container's or a shell's limit leaves."""
+    """Return the bytes that are free on a device; of a container's memory, those that its limit leaves."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    used, available = psutil.Process().memory_info(), int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available)
     if CGROUP_LIMIT.is_file() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
-        available = min(available, int(limit) - used.rss)
-    addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if addresses != resource.RLIM_INFINITY:
-        available = min(available, addresses - used.vms)
+        available = min(available, int(limit) - psutil.Process().memory_info().rss)
     return max(0, available)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -29,6 +29,8 @@ from detkit_torchvision.memory import how_many, is_out_of_memory, kept_for_backw
 from detkit_torchvision.models import MODELS, build, chosen_architecture, input_size
 from detkit_torchvision.modify import modified
 from detkit_torchvision.weights import ARTIFACT, initialise
+
+ResultT = TypeVar("ResultT")
 
 PREDICT_BATCH = 16
 
@@ -142,9 +144,8 @@ class Training(TrainingLoop[Batch]):
             group["lr"] = self.learning_rate(self.step)
         self.network.train()
         self.frozen.keep()
-        with self._memory_error_explained():
-            parts = self._backward(batch)
-            self._optimize()
+        parts = self._explained(lambda: self._backward(batch))
+        self._explained(self._optimize)
         self._update_average()
         return parts
 
@@ -203,8 +204,8 @@ class Training(TrainingLoop[Batch]):
     def validate(self) -> Scores | None:
         if self.validation is None:
             return None
-        with self._memory_error_explained():
-            return self._score(self.validation)
+        inputs = self.validation
+        return self._explained(lambda: self._score(inputs))
 
     @torch.no_grad()
     def validation_losses(self) -> dict[str, float]:
@@ -221,8 +222,7 @@ class Training(TrainingLoop[Batch]):
         for chosen in self._passes(inputs):
             seeds = [[0]] * len(chosen)
             batch = load_batch(inputs, chosen, seeds=seeds, label_offset=self.spec.label_offset, augmentations=())
-            with self._memory_error_explained():
-                losses = self._losses(network, batch, range(len(chosen)))
+            losses = self._explained(functools.partial(self._losses, network, batch, range(len(chosen))))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(chosen) / len(inputs.data)
         return {"loss": sum(sums.values()), **sums}
@@ -332,17 +332,14 @@ class Training(TrainingLoop[Batch]):
         shift = int(np.random.default_rng([self.params["seed"], step]).integers(-reach, reach + 1))
         return max(_SIZE_STEP, self.image_size + shift * _SIZE_STEP) / self.image_size
 
-    @contextlib.contextmanager
-    def _memory_error_explained(self) -> Iterator[None]:
-        """Raise `OutOfMemory`, which says what would fit, in place of what torch raises."""
+    def _explained(self, do: Callable[[], ResultT]) -> ResultT:
+        """Do it; raise `OutOfMemory`, which says what would fit, in place of what torch raises."""
         try:
-            yield
+            return do()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             cause = str(error)
-        else:
-            return
         # Here the failed pass is gone, whose tensors its traceback held.
         self.optimizer.zero_grad()
         fits, asked = self.images_that_fit(), self.images_per_pass
