@@ -18,7 +18,7 @@ from detkit.backends import LocalBackend
 from detkit.dialects import Dialect, Note, becomes, text, typed
 from detkit.errors import InvalidValue, UnknownName, UsageError
 from detkit.hookspecs import hookimpl
-from detkit.params import LrSchedulerStep, Params, coerce
+from detkit.params import EmaDecay, LrSchedulerStep, Params, Weights, coerce
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -235,3 +235,10 @@ def test_what_is_typed_is_read(steps: tuple[int, ...], rate: float) -> None:
     assert coerce("lr_scheduler_step", text(steps), LrSchedulerStep) == steps
     assert coerce("learning_rate", text(rate), float) == rate
     assert coerce("early_stopping", text(True), bool) is True
+
+
+def test_numbers_without_a_zero_and_texts_that_begin_like_them() -> None:
+    assert coerce("ema_decay", ".9", EmaDecay) == coerce("ema_decay", "0.9", EmaDecay) == 0.9
+    assert coerce("learning_rate", "-.5e-3", float) == -0.5e-3
+    for words in (".*_weight$", "./weights.pth", ".9"):
+        assert coerce("weights", words, Weights) == words

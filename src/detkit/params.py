@@ -272,7 +272,7 @@ def coerce(name: str, value: Any, hint: Any, origin: str = "") -> Any:
             return None
         is_list = _is_sequence(hint) and text not in _words(hint)
         value = [part.strip() for part in text.split(",") if part.strip()] if is_list else text
-        if text.lstrip("+-").startswith("."):
+        if float in _arms(hint) and re.fullmatch(r"[+-]?\.\d+([eE][+-]?\d+)?", text):
             value = text.replace(".", "0.", 1)  # .9 is a number to everybody but JSON
     try:
         converted = msgspec.convert(value, hint, strict=False)

@@ -81,7 +81,8 @@ def test_the_same_report(
     assert set(scores[0]) == set(scores[1])
     assert list(scores[0].per_class) == list(scores[1].per_class) == list(test.classes)
     assert manifests[0].data == manifests[1].data
-    assert set(manifests[0].metrics) == set(manifests[1].metrics)
+    kept = [{name for name in manifest.metrics if "loss" not in name} for manifest in manifests]
+    assert kept[0] == kept[1], "the parts of a loss are each framework's own"
     assert {m.versions["detkit"] for m in manifests} == {detkit.__version__}
     assert "torch" in manifests[0].versions
     assert "mxnet" in manifests[1].versions
