@@ -132,6 +132,7 @@ class LearningCurves:
         try:
             import matplotlib as mpl
             from matplotlib.figure import Figure
+            from matplotlib.layout_engine import ConstrainedLayoutEngine
         except ImportError as error:
             raise Unsupported(
                 f"curves are drawn by matplotlib, which is not here ({error}); install it with: "
@@ -142,8 +143,8 @@ class LearningCurves:
         rows = math.ceil(len(panels) / columns)
         with mpl.rc_context(_STYLE):
             height = 2.7 * rows + 0.25 * math.ceil((len(self.runs) + 2) / 2) + 0.2
-            figure = Figure(figsize=(max(4.1 * columns, 6.2), height), layout="constrained")
-            figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)  # type: ignore[union-attr,call-arg]
+            spaced = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.09)
+            figure = Figure(figsize=(max(4.1 * columns, 6.2), height), layout=spaced)
             axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
             for axis, (quantity, names) in zip(axes, panels.items(), strict=False):
                 self._draw(axis, quantity, names)
