@@ -39,7 +39,7 @@ def weights(run: Run) -> str:
 
 
 def scores(run: Run) -> list[dict[str, float]]:
-    """Return the rows of validation; a logged loss is a mean over the steps that one process did."""
+    """Return the rows of validation."""
     return [row for row in run.history if "val/AP" in row]
 
 

@@ -35,6 +35,14 @@ class Frozen:
             norm.eval()
 
 
+def train_without_statistics(network: nn.Module) -> None:
+    """Put a network into training mode, in which it has losses, without what its batch norms learn from a batch."""
+    network.train()
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.eval()
+
+
 def stages(network: Any) -> list[list[nn.Module]]:
     """Return the stages of a network's backbone, from the image on, each as its modules.
 

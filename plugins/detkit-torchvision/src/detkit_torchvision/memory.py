@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from detkit_torchvision.batches import CGROUP_LIMIT
+from detkit_torchvision.freezing import train_without_statistics
 
 _SHARE = 0.8
 """Share of the free memory that a pass may take."""
@@ -32,10 +33,7 @@ def kept_for_backward(network: Any, run: Callable[[], object]) -> int:
 
     own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     was_training = network.training
-    network.train()
-    for part in network.modules():
-        if isinstance(part, torch.nn.BatchNorm2d):
-            part.eval()
+    train_without_statistics(network)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             run()

@@ -15,6 +15,7 @@ import torchvision
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from detkit.checkpoints import BATCH_SIZE
 from detkit.detections import Detections
 from detkit.errors import InvalidValue, OutOfMemory, UsageError
 from detkit.files import atomic_write, write_json
@@ -24,7 +25,7 @@ from detkit.scores import SCORE_FLOOR, Scores, score
 from detkit_torchvision.batches import Batch, Inputs, cache_budget, load_batch
 from detkit_torchvision.detector import TorchvisionDetector
 from detkit_torchvision.devices import choose_device, describe_device, to_device, use_threads
-from detkit_torchvision.freezing import Frozen
+from detkit_torchvision.freezing import Frozen, train_without_statistics
 from detkit_torchvision.memory import how_many, is_out_of_memory, kept_for_backward
 from detkit_torchvision.models import MODELS, build, chosen_architecture, input_size
 from detkit_torchvision.modify import modified
@@ -213,10 +214,7 @@ class Training(TrainingLoop[Batch]):
         if self.validation is None:
             return {}
         network, inputs = self.scored, self.validation
-        network.train()
-        for part in network.modules():
-            if isinstance(part, nn.BatchNorm2d):
-                part.eval()
+        train_without_statistics(network)
         torch.manual_seed(self.params["seed"])  # two-stage detectors sample what they are judged by
         sums: dict[str, float] = {}
         for chosen in self._passes(inputs):
@@ -380,7 +378,7 @@ def with_batch_size(job: Job, workspace: Workspace) -> Job:
     """
     if job.params["batch_size"] != "auto":
         return job
-    chosen = workspace.checkpoints / "batch_size.json"
+    chosen = workspace.checkpoints / BATCH_SIZE
     if chosen.is_file():
         return _with_batches_of(job, msgspec.json.decode(chosen.read_bytes(), type=int))
     probe = Training(_with_batches_of(job, 1), workspace)
