@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
@@ -114,7 +115,20 @@ references/detection/README.md; pull requests 5756 and 5763 for the v2 models) t
 _ALL_WEIGHTS = ("coco", "imagenet", "auto")
 _LICENCE = "BSD-3-Clause (torchvision); trained on COCO 2017, whose own terms may apply"
 
-MODELS: Mapping[str, ModelSpec] = {
+_ANCHORS = ("classification", "bbox_regression")
+_TWO_STAGES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+_LOSSES = {
+    "ssd": _ANCHORS,
+    "ssdlite320": _ANCHORS,
+    "ssd300": _ANCHORS,
+    "retinanet": _ANCHORS,
+    "fcos": (*_ANCHORS, "bbox_iou"),
+    "fasterrcnn": _TWO_STAGES,
+    "maskrcnn": (*_TWO_STAGES, "loss_mask"),
+}
+"""Parts of the loss, as torchvision calls them, by the first part of a model's name."""
+
+_SPECS: Mapping[str, ModelSpec] = {
     "ssd_tiny": ModelSpec(params=TorchvisionParams(), summary="0.8 M parameters, SSD head; the fastest, CPU"),
     "fcos_tiny": ModelSpec(
         params=TorchvisionParams(), summary="0.9 M parameters, FCOS head; learns from scratch in minutes, CPU"
@@ -122,7 +136,7 @@ MODELS: Mapping[str, ModelSpec] = {
     "fcos_small": ModelSpec(
         params=replace(
             TorchvisionParams(),
-            epochs=100,
+            epochs=90,
             batch_size=16,
             learning_rate=2e-3,
             weight_decay=0.05,
@@ -198,6 +212,14 @@ MODELS: Mapping[str, ModelSpec] = {
         weights=_ALL_WEIGHTS,
         licence=_LICENCE,
     ),
+}
+
+MODELS: Mapping[str, ModelSpec] = {
+    name: dataclasses.replace(
+        spec,
+        losses=(*_ANCHORS, "bbox_ctrness") if name == "fcos_resnet50_fpn" else _LOSSES[name.partition("_")[0]],
+    )
+    for name, spec in _SPECS.items()
 }
 
 COCO_FILES: Mapping[str, str] = {
