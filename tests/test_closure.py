@@ -26,6 +26,7 @@ PUBLIC = [
     "__version__",
     "check",
     "compare",
+    "deploy",
     "draw",
     "evaluate",
     "export",

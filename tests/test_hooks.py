@@ -15,9 +15,9 @@ from detkit import hookspecs, plugins
 from detkit.backends import LocalBackend, ModelSpec
 from detkit.data import Dataset, Sample
 from detkit.errors import PluginError
+from detkit.events import Event
 from detkit.formats import Format
 from detkit.hookspecs import hookimpl
-from detkit.job import Event
 from detkit.metrics import Metric
 from detkit.params import Options
 from detkit.runs import Run

@@ -14,8 +14,9 @@ import pytest
 
 from detkit import Dataset, Trainer, open_run, plugins
 from detkit.errors import RunFailed, WorkerDied
+from detkit.events import Event
 from detkit.hookspecs import hookimpl
-from detkit.job import Event, Job, Workspace
+from detkit.job import Job, Workspace
 from detkit.live import follow
 from detkit.runs import LocalRun, Run
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from detkit.detections import Detections
 from detkit.errors import NonFiniteLoss, UsageError
-from detkit.job import Continued, Event, Job, Workspace
+from detkit.events import Event
+from detkit.job import Continued, Job, Workspace
 from detkit.loop import Counters, TrainingLoop, load_ahead
 from detkit.sampling import class_balanced_shares, epoch_order
 from detkit.scores import Scores, score

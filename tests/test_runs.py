@@ -23,8 +23,9 @@ import pytest
 import detkit
 from detkit import Dataset, Detections, Predictor, Trainer, open_run
 from detkit.errors import RunExists, RunFailed, StorageError, UnknownName, UsageError, WorkerDied
+from detkit.events import Event
 from detkit.files import write_json
-from detkit.job import Event, Job, Workspace
+from detkit.job import Job, Workspace
 from detkit.processes import HELD_CODE
 from detkit.runs import LocalRun, Run
 

@@ -23,6 +23,7 @@ _HOME = {
     "Trainer": "trainer",
     "check": "checking",
     "compare": "comparison",
+    "deploy": "deployment",
     "draw": "drawing",
     "evaluate": "evaluation",
     "export": "exporting",
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "check",
     "compare",
+    "deploy",
     "draw",
     "evaluate",
     "export",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from detkit.comparison import Comparison, compare
     from detkit.curation import merge, remap, sample
     from detkit.data import Dataset, Sample
+    from detkit.deployment import deploy
     from detkit.detections import Detections
     from detkit.drawing import draw
     from detkit.errors import DetkitError

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from msgspec import Meta
 
@@ -29,6 +29,7 @@ from detkit.errors import PluginError, UnknownName, Unsupported, UsageError
 from detkit.images import Image
 from detkit.job import Job, Model, Trained, Workspace
 from detkit.params import Options, Params
+from detkit.plans import Plan
 from detkit.processes import WorkerDetector, export_in_worker, worker_command
 from detkit.runs import LocalRun, Run
 from detkit.usercode import UserCode
@@ -113,6 +114,8 @@ class ModelSpec:
     """The words ``weights=`` takes beside ``none``, a file and a run, e.g. ``("coco",)``."""
     licence: str = ""
     """Licence of those weights."""
+    losses: tuple[str, ...] = ()
+    """What the training loss is the sum of: ``train/<name>`` and, in validation, ``val/loss_<name>``."""
 
 
 class Suggestion(NamedTuple):
@@ -121,6 +124,45 @@ class Suggestion(NamedTuple):
     model: str
     reason: str
     """Why this one, and what would fine-tune instead; printed as the first line."""
+
+
+class Endpoint(ABC):
+    """A model that answers somewhere else, and is paid for as long as it is there. A context manager that ends it."""
+
+    name: str
+    place: str
+    """Where it is, e.g. ``sagemaker eu-west-1``."""
+    model: Model | None = None
+    """What answers; None where that is not known here, as of an endpoint that another machine made."""
+
+    @property
+    @abstractmethod
+    def status(self) -> str:
+        """The place's own word, e.g. ``InService``."""
+
+    @property
+    @abstractmethod
+    def expires(self) -> float | None:
+        """When the place itself deletes it, seconds since the epoch (POSIX); None where it stays."""
+
+    @property
+    @abstractmethod
+    def price_per_hour(self) -> float | None:
+        """US dollars, estimated; None where that is not known."""
+
+    @abstractmethod
+    def open(self, options: PredictOptions) -> Detector:
+        """Return what sends images to it."""
+
+    @abstractmethod
+    def delete(self) -> None:
+        """Delete it with all that was made for it; what is gone already is no error."""
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.delete()
 
 
 class Backend(ABC):
@@ -134,10 +176,32 @@ class Backend(ABC):
     """Export formats."""
     dialects: tuple[Dialect, ...] = ()
     """Other tools' hyperparameters that it understands, for ``like=``."""
+    deploy_options: type[Options] | None = None
+    """Options of `deploy`; None where nothing can be deployed."""
+    leashed: bool = True
+    """Whether a run can end with the process that started it."""
+    commands: str = ""
+    """``"package.module:app"``, a typer app of its own: the verbs of ``detkit <name>``."""
 
     @abstractmethod
     def start(self, job: Job, workspace: Workspace, *, leash: bool) -> Run:
         """Start a job that `Workspace.create` laid out. With ``leash`` it ends when this process does."""
+
+    def plan(self, job: Job, workspace: Workspace) -> Plan:
+        """Return what `start` would do with a job that is laid out. Starts nothing, creates nothing, costs nothing."""
+        return Plan(place="this machine")
+
+    def engine_of(self, model: str) -> str:
+        """Return the engine that trains a model, ``"package.module:Class"``; empty where it is not one of detkit's."""
+        return ""
+
+    def trained_name(self, model: str) -> str:
+        """Return the `Model.name` of what training a model ends in."""
+        return f"{self.name}/{model}"
+
+    def starts_from_models(self, model: str) -> bool:
+        """Return whether training a model can start from an earlier one of its kind."""
+        return False
 
     @abstractmethod
     def attach(self, workspace: Workspace) -> Run:
@@ -150,6 +214,21 @@ class Backend(ABC):
     def export(self, model: Model, format: str, to: Path) -> Path:
         """Write a finished model into a folder, in one of `formats`, and return the main file."""
         raise Unsupported(f"backend {self.name!r} exports nothing")
+
+    def deploy(self, model: Model, options: Options) -> Endpoint:
+        """Let a finished model answer. With `deploy_options` only."""
+        raise Unsupported(f"backend {self.name!r} deploys nothing")
+
+    def endpoints(self, options: Mapping[str, Any]) -> Sequence[Endpoint]:
+        """Return what answers just now and was deployed by detkit, wherever from. ``options`` are some of `deploy`'s."""
+        return ()
+
+    def remove_endpoints(self, names: Sequence[str], *, expired: bool, options: Mapping[str, Any]) -> list[str]:
+        """Delete endpoints with all that was made for them: the named ones, else the ``expired``, else all of detkit's.
+
+        With ``expired`` also what was left half made. Returns the names of what is gone now.
+        """
+        raise Unsupported(f"backend {self.name!r} deploys nothing")
 
     def require(self, model: str, params: Params, options: Options) -> None:  # noqa: B027 - most places need nothing of this machine
         """Raise before any data is read when what the engine needs is not here. Nothing to check by default."""
@@ -220,6 +299,12 @@ class LocalBackend(Backend):
     def require_data(self, model: str, channels: Mapping[str, Dataset]) -> None:
         if self.data_requirement is not None:
             self.data_requirement(model, channels)
+
+    def engine_of(self, model: str) -> str:
+        return self.engine
+
+    def starts_from_models(self, model: str) -> bool:
+        return self.incremental
 
     def start(self, job: Job, workspace: Workspace, *, leash: bool) -> LocalRun:
         self._refuse_other_engine(job.engine, workspace.path)

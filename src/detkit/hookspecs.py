@@ -17,8 +17,8 @@ import pluggy
 
 if TYPE_CHECKING:
     from detkit.backends import Backend
+    from detkit.events import Event
     from detkit.formats import Format
-    from detkit.job import Event
     from detkit.metrics import Metric
     from detkit.runs import Run
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import platform
 import shutil
 import time
@@ -36,9 +37,11 @@ import detkit
 from detkit.columns import load_columns, save_columns
 from detkit.data import Dataset
 from detkit.errors import RunExists, Stopped, StorageError, UsageError
+from detkit.events import Event, to_line
 from detkit.files import atomic_write, file_sha256, inside, place, write_json
 from detkit.images import place_image
 from detkit.recordio import packed
+from detkit.remote import is_remote
 
 SCHEMA = 1
 """Version of every JSON file detkit writes; readers refuse a newer one."""
@@ -100,20 +103,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     code: Code | None = None
     """The user's own modules, where there are any."""
     schema: int = SCHEMA
-
-
-class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of ``metrics.jsonl``."""
-
-    t: float
-    """Seconds since the epoch (POSIX)."""
-    kind: Literal["log", "progress", "metric", "state"]
-    values: dict[str, float | str]
-    """``train/*``, ``val/loss*``, ``val/AP`` ... for metrics; ``message`` for logs; ``state`` for states."""
-    step: int | None = None
-    """Optimizer steps done."""
-    epoch: float | None = None
-    """Epochs done, with a fraction."""
 
 
 class Artifact(msgspec.Struct, frozen=True, kw_only=True):
@@ -355,7 +344,12 @@ class Workspace:
         with atomic_write(root / "columns.npz") as file:
             save_columns(data, file, places)
         write_json(root / "annotations.json", to_coco(data))
-        write_json(root / "digests.json", {"images": list(image_digests)})
+        origins = {
+            place: source
+            for place, source in zip(places, data.paths, strict=True)
+            if is_remote(source) and packed(source) is None
+        }
+        write_json(root / "digests.json", {"images": list(image_digests), "origins": origins})
 
     def dataset(self, channel: str) -> Dataset | None:
         """Return a channel's data, or None where the run has none."""
@@ -370,6 +364,12 @@ class Workspace:
         digests: list[str] = json.loads(file.read_bytes())["images"] if file.is_file() else []
         return digests
 
+    def image_origins(self, channel: str) -> dict[str, str]:
+        """Return the URL that each image of a channel was fetched from, by its file's name in the channel's folder."""
+        file = self.channel(channel) / "digests.json"
+        origins: dict[str, str] = json.loads(file.read_bytes()).get("origins", {}) if file.is_file() else {}
+        return origins
+
     def log(
         self,
         kind: Literal["log", "progress", "metric", "state"],
@@ -380,9 +380,12 @@ class Workspace:
     ) -> None:
         """Append one event to ``metrics.jsonl``; the controller reads it while the run goes on.
 
-        Numbers that are not finite, such as the AP of images without objects, are left out: JSON has none.
+        Numbers that are not finite, such as the AP of images without objects, are left out: JSON has none. Where
+        ``DETKIT_PRINT_EVENTS`` is 1, as in a container, the event is printed, too, see `detkit.events.to_line`.
         """
         event = Event(t=time.time(), kind=kind, values=_finite(values), step=step, epoch=epoch)
+        if os.environ.get("DETKIT_PRINT_EVENTS") == "1":
+            print(to_line(event), flush=True)
         try:
             with self.metrics_file.open("ab", buffering=0) as file:
                 file.write(msgspec.json.encode(event) + b"\n")

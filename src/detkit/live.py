@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from detkit import plugins
-from detkit.job import Event
+from detkit.events import Event
 from detkit.runs import Run
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def follow(run: Run, *, quiet: bool = False, since: int = 0, stop_on_interrupt: 
     """Show a run until it has ended, then return it. Raises `detkit.errors.RunFailed` when it failed.
 
     ``since`` is where to begin, as `Run.position` gave it: what a resumed run did before is not shown again. Ctrl-C
-    ends the watching, with ``stop_on_interrupt`` also the run; it is raised again once the run has ended.
+    ends the watching, with ``stop_on_interrupt`` also the run, unless that is to be left (`Run.on_interrupt`); it is
+    raised again once the run has ended.
     """
     seen, state = 0, ""
 
@@ -44,13 +46,19 @@ def follow(run: Run, *, quiet: bool = False, since: int = 0, stop_on_interrupt: 
     try:
         _show(run, told(), quiet=quiet, resumed=since > 0)
     except KeyboardInterrupt:
-        if stop_on_interrupt:
+        if stop_on_interrupt and run.on_interrupt == "stop":
             if not quiet:
                 print("stopping after this step; the last checkpoint stays", file=sys.stderr)
             run.stop()
             for event in islice(run.events(follow=False, since=since), seen, None):
                 tell(event)
             _notify_of_untold_end(run, state)
+        elif stop_on_interrupt and not quiet:
+            place = os.path.relpath(run.path)
+            print(
+                f"{place} goes on; `detkit runs attach {place}` follows it, `detkit runs stop {place}` ends it",
+                file=sys.stderr,
+            )
         raise
     _notify_of_untold_end(run, state)
     return run.wait()

@@ -265,11 +265,21 @@ def set_fields(
 
 
 def coerce(name: str, value: Any, hint: Any, origin: str = "") -> Any:
-    """Convert a value, or the text of one, to the type of a field. Raises `InvalidValue`."""
+    """Convert a value, or the text of one, to the type of a field. Raises `InvalidValue`.
+
+    A type reads texts in its own way with ``Meta(extra={"read": function})``; the function raises `ValueError` with
+    what is expected.
+    """
+    read = _reader(hint)
     if isinstance(value, str):
         text = value.strip()
         if text.lower() in {"none", "null"} and _admits_none(hint):
             return None
+        if read is not None:
+            try:
+                return coerce(name, read(text), hint, origin)
+            except ValueError as error:
+                raise InvalidValue(name, value, f"expected {error}", origin) from None
         is_list = _is_sequence(hint) and text not in _words(hint)
         value = [part.strip() for part in text.split(",") if part.strip()] if is_list else text
         if float in _arms(hint) and re.fullmatch(r"[+-]?\.\d+([eE][+-]?\d+)?", text):
@@ -309,6 +319,16 @@ def _is_sequence(hint: Any) -> bool:
 def _words(hint: Any) -> list[Any]:
     """The literal alternatives."""
     return [v for arm in _arms(hint) if typing.get_origin(arm) is Literal for v in typing.get_args(arm)]
+
+
+def _reader(hint: Any) -> Any:
+    """Return the function of ``Meta(extra={"read": function})``, also of an arm of a union; None where none has one."""
+    if typing.get_origin(hint) is Annotated:
+        for meta in typing.get_args(hint)[1:]:
+            if isinstance(meta, Meta) and meta.extra and "read" in meta.extra:
+                return meta.extra["read"]
+    inner = typing.get_args(hint) if typing.get_origin(hint) in (Annotated, Union, types.UnionType) else ()
+    return next((read for part in inner if (read := _reader(part)) is not None), None)
 
 
 def _description(hint: Any) -> str:

@@ -23,8 +23,8 @@ from detkit.errors import PluginError, UnknownName
 
 if TYPE_CHECKING:
     from detkit.backends import Backend
+    from detkit.events import Event
     from detkit.formats import Format
-    from detkit.job import Event
     from detkit.metrics import Metric
     from detkit.runs import Run
 

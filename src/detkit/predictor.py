@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from detkit import catalog, images, plugins
-from detkit.backends import Detector, PredictOptions
+from detkit.backends import Detector, Endpoint, PredictOptions
 from detkit.data import Dataset
 from detkit.detections import Detections
 from detkit.errors import UsageError
@@ -38,7 +38,7 @@ _AHEAD = 2
 class Predictor:
     """An opened model.
 
-    ``model`` is a `Run`, a `Model`, the folder of either, or a run's name such as ``last``. ``score_threshold="best"``
+    ``model`` is a `Run`, a `Model`, the folder of either, a run's name such as ``last``, or an `Endpoint`. ``score_threshold="best"``
     is the score of the best F1 on the validation images, kept with the model. Use it as a context manager, or call
     `close`, where the model holds a worker process. ``code`` is the folder of your own modules that the model was
     trained with; a run that you trained here has it.
@@ -46,7 +46,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: Run | Model | str | Path,
+        model: Run | Model | Endpoint | str | Path,
         *,
         score_threshold: float | Literal["best"] = "best",
         nms_threshold: float | None = None,
@@ -56,7 +56,8 @@ class Predictor:
         isolate: bool = False,
         code: str | Path | None = None,
     ) -> None:
-        self.model = find_model(model, code)
+        endpoint = model if isinstance(model, Endpoint) else None
+        self.model = find_model(model, code) if not isinstance(model, Endpoint) else _model_of(model)
         self.batch_size = batch_size
         if score_threshold == "best":
             score_threshold = self._best_threshold()
@@ -72,8 +73,11 @@ class Predictor:
         """Seconds that the model itself has taken so far, decoding of images not counted."""
         self.num_images = 0
         """Images that it has taken them for."""
+        if endpoint is not None:
+            self._detector: Detector = endpoint.open(options)
+            return
         backend = plugins.backend(self.model.manifest.backend)
-        self._detector: Detector = backend.open(self.model, options, isolate=isolate)
+        self._detector = backend.open(self.model, options, isolate=isolate)
 
     def _best_threshold(self) -> float:
         known = self.model.manifest.score_threshold
@@ -146,6 +150,15 @@ def find_model(model: Run | Model | str | Path, code: str | Path | None = None) 
     if isinstance(model, Run):
         return model.model
     return Model(model) if (Path(model) / "detkit.json").is_file() else catalog.open_run(model).model
+
+
+def _model_of(endpoint: Endpoint) -> Model:
+    if endpoint.model is None:
+        raise UsageError(
+            f"what answers at {endpoint.name} is not known here: it was deployed from another machine; deploy the model "
+            "from here, or open its folder"
+        )
+    return endpoint.model
 
 
 def list_sources(source: Source) -> Iterable[OneImage]:

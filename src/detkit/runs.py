@@ -20,9 +20,10 @@ from typing import Any, Literal, TypeAlias, cast
 import msgspec
 
 from detkit.errors import RunFailed, Unsupported, UsageError, WorkerDied
+from detkit.events import Event
 from detkit.files import atomic_write, lock_file, write_json
 from detkit.forgetting_table import Forgetting, read_forgetting
-from detkit.job import SCHEMA, Event, Job, Model, Workspace
+from detkit.job import SCHEMA, Job, Model, Workspace
 from detkit.processes import HELD_CODE, Caller, end_group, how_it_ended, last_lines, start_worker
 from detkit.tables import html_table
 
@@ -39,14 +40,18 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     created: float
     """Seconds since the epoch (POSIX)."""
-    pid: int
-    pid_created: float
+    pid: int = 0
+    """Of the worker; 0 where it is no process of this machine."""
+    pid_created: float = 0.0
     """When the process began (POSIX); tells it from a later one with the same number."""
     schema: int = SCHEMA
 
 
 class Run(ABC):
     """A started or finished job. Backends subclass it."""
+
+    on_interrupt: Literal["stop", "leave"] = "stop"
+    """What Ctrl-C does to a run that `Trainer.fit` waits for: it is asked to stop, or goes on without this process."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -61,6 +66,13 @@ class Run(ABC):
         return self.path.name
 
     @property
+    def record(self) -> RunRecord:
+        """How the run was started."""
+        if not self.workspace.run_file.is_file():
+            raise UsageError(f"{self.path} holds no run: there is no run.json in it")
+        return msgspec.json.decode(self.workspace.run_file.read_bytes(), type=RunRecord)
+
+    @property
     def job(self) -> Job:
         """What was asked for, with every effective hyperparameter."""
         return self.workspace.job()
@@ -69,6 +81,10 @@ class Run(ABC):
     @abstractmethod
     def status(self) -> Status:
         """Where the run stands."""
+
+    def goes_on(self) -> bool:
+        """Return whether more events may come. `events` asks before it looks for them."""
+        return self.status == "running"
 
     @abstractmethod
     def stop(self, timeout_s: float = 60.0) -> None:
@@ -134,7 +150,7 @@ class Run(ABC):
         offset, rest = since, b""
         decoder = msgspec.json.Decoder(Event)
         while True:
-            ended = not follow or self.status != "running"
+            ended = not follow or not self.goes_on()
             if self.workspace.metrics_file.exists():
                 with self.workspace.metrics_file.open("rb") as file:
                     file.seek(offset)
@@ -209,12 +225,6 @@ class LocalRun(Run):
             run._reap()
             raise
         return run
-
-    @property
-    def record(self) -> RunRecord:
-        if not self.workspace.run_file.is_file():
-            raise UsageError(f"{self.path} holds no run: there is no run.json in it")
-        return msgspec.json.decode(self.workspace.run_file.read_bytes(), type=RunRecord)
 
     @property
     def status(self) -> Status:

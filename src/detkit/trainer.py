@@ -4,49 +4,33 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from detkit import catalog, plugins, trust
-from detkit.backends import Backend, LocalBackend, ModelSpec
-from detkit.channels import Replay, gather
+from detkit.channels import Gathered, Replay, gather
 from detkit.data import Dataset
 from detkit.dialects import refuse
-from detkit.errors import MissingSettings, UnknownName, Unsupported, UsageError, did_you_mean
+from detkit.errors import InvalidValue, MissingSettings, UnknownName, Unsupported, UsageError
 from detkit.explanation import Explanation, Row
 from detkit.files import place
 from detkit.forgetting import CHANNEL
-from detkit.formats.checks import Prepared
 from detkit.job import Job, Model, Workspace
 from detkit.live import follow
-from detkit.params import INSTEAD, Options, Params, describe, nullable, set_fields
+from detkit.params import Params, describe
+from detkit.plans import Plan
 from detkit.predictor import find_model
-from detkit.rehearsal import Rehearsal, refuse_contradictions, rehearse, request_of, tell, weights_by_path
+from detkit.rehearsal import request_of, tell
+from detkit.resolution import Resolved, resolve
 from detkit.resuming import go_on, life
 from detkit.runs import Run
 from detkit.settings import Setting, Settings
-
-OWN_SETTINGS = (
-    *("model", "backend", "like", "train", "val", "test", "name", "on_invalid", "replay", "replay_share"),
-    *("code", "imports"),
-)
-"""Settings that the trainer itself understands; all others are parameters and options of the backend."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Resolved:
-    backend: Backend
-    model: str
-    spec: ModelSpec
-    params: Params
-    options: Options
-    origins: Mapping[str, str]
-    reason: str
-    rehearsal: Rehearsal | None = None
+from detkit.usercode import UserCode
 
 
 class Trainer:
@@ -123,55 +107,37 @@ class Trainer:
         **settings: Any,
     ) -> Run:
         """Start training and return at once; the worker goes on when this process ends, unless on a leash."""
-        call = {"train": train, "val": val, "test": test, "name": name, **settings}
-        layers = Settings(call, self._constructor)
-        resolved = _resolve(layers)
-        if resolved.rehearsal is not None:
-            refuse(resolved.rehearsal.dialect, resolved.rehearsal.notes)
-        if layers.get("train") is None:
-            raise MissingSettings([("train", "the folder of your images and annotations")])
-        resolved.backend.require(resolved.model, resolved.params, resolved.options)
-        given_code = [setting.value if (setting := layers.get(name)) else None for name in ("code", "imports")]
-        code, own_code = trust.prepare(*given_code)
-        params, parent = _with_parent(resolved.params, resolved)
-        seed = int(getattr(resolved.params, "seed", 0))
-        on_invalid = _one_of("on_invalid", layers.get("on_invalid"), ("raise", "drop"), "raise")
-        given = {name: setting.value for name in ("train", "val", "test") if (setting := layers.get(name)) is not None}
-        found = gather(given, Replay.read(layers, parent), parent, on_invalid=on_invalid, seed=seed, code=code)
-        prepared, retention, told = found.prepared, found.retention, found.told
-        if resolved.rehearsal is not None:
-            told = [*tell(resolved.rehearsal, prepared), *told]
-        resolved.backend.require_data(resolved.model, {channel: ready.data for channel, ready in prepared.items()})
-        params = _with_auto_detections(params, prepared["train"].data)
-        name_setting = layers.get("name")
-        workspace = Workspace(catalog.new_run_path(resolved.model, name_setting.value if name_setting else None))
-        job = Job(
-            backend=resolved.backend.name,
-            engine=resolved.backend.engine if isinstance(resolved.backend, LocalBackend) else "",
-            model=resolved.model,
-            params=msgspec.to_builtins(params),
-            options=msgspec.to_builtins(resolved.options),
-            classes=list(prepared["train"].data.classes),
-            versions=plugins.versions(resolved.backend.name),
-            dropped=found.dropped,
-            replayed=found.replayed,
-            retention=retention.what if retention is not None else "",
-            code=code,
-        )
-        workspace.create(job)
+        layers = Settings({"train": train, "val": val, "test": test, "name": name, **settings}, self._constructor)
+        ready = _make_ready(layers)
+        workspace = ready.lay_out(ready.path)
         try:
-            _lay_out(workspace, prepared, parent)
-            if own_code is not None:
-                own_code.copy_to(workspace.code)
-                trust.remember(own_code.digest)
-                told.append(f"code {own_code.source}: {len(own_code.files)} files, sha256 {own_code.digest[:12]}...")
-            if retention is not None:
-                workspace.write_dataset(CHANNEL, retention.data, retention.image_digests)
-            _announce(workspace, resolved, told, leash)
-            return resolved.backend.start(job, workspace, leash=leash)
+            if ready.code is not None:
+                trust.remember(ready.code.digest)
+            _announce(workspace, ready.resolved, ready.told, leash)
+            return ready.resolved.backend.start(ready.job, workspace, leash=leash)
         except BaseException:
-            shutil.rmtree(workspace.path, ignore_errors=True)  # `create` made it, and nothing half-written may stay
+            shutil.rmtree(workspace.path, ignore_errors=True)
             raise
+
+    def plan(
+        self,
+        train: Dataset | str | Path | None = None,
+        val: Dataset | str | Path | None = None,
+        test: Dataset | str | Path | None = None,
+        *,
+        name: str | None = None,
+        **settings: Any,
+    ) -> Plan:
+        """Return what `start` would do: data that travels, exact requests, worst-case time and money, what is wrong.
+
+        The data is read and checked as for training. Nothing is started, and nothing created but for a while.
+        """
+        layers = Settings({"train": train, "val": val, "test": test, "name": name, **settings}, self._constructor)
+        ready = _make_ready(layers)
+        with tempfile.TemporaryDirectory(prefix="detkit-plan-") as folder:
+            workspace = ready.lay_out(Path(folder) / ready.path.name)
+            plan = ready.resolved.backend.plan(ready.job, workspace)
+        return replace(plan, notes=(*ready.told, *plan.notes))
 
     def resume(
         self,
@@ -217,7 +183,7 @@ class Trainer:
 
     def explain(self, **settings: Any) -> Explanation:
         """Return every effective setting, its origin, and what the framework will be told. Starts nothing."""
-        resolved = _resolve(Settings(settings, self._constructor))
+        resolved = resolve(Settings(settings, self._constructor))
         native = resolved.backend.translate(resolved.model, resolved.params)
         rows = [
             Row(
@@ -243,81 +209,83 @@ class Trainer:
 
 
 def watch(run: Run, *, quiet: bool = False, since: int = 0) -> Run:
-    """Follow a run to its end; Ctrl-C stops it, keeps its last checkpoint and is raised again."""
+    """Follow a run to its end; Ctrl-C stops it, keeps its last checkpoint and is raised again.
+
+    Only a run in a place that is paid and does not end with this process goes on, see `Run.on_interrupt`.
+    """
     return follow(run, quiet=quiet, since=since, stop_on_interrupt=True)
 
 
-def _resolve(layers: Settings) -> _Resolved:
-    """Find backend and model, route every other setting to parameters or options, and check them."""
-    rehearsal = rehearse(layers)
-    if rehearsal is None:
-        model, backend, reason = _choose(layers.get("model"), layers.get("backend"))
-    else:
-        model, backend, reason = rehearsal.model, rehearsal.backend, ""
-    spec = backend.spec(model)
-    theirs = rehearsal.params.__struct_fields__ if rehearsal else ()
-    param_names = [name for name in spec.params.__struct_fields__ if name not in theirs]
-    option_names = backend.options.__struct_fields__
-    known = [*theirs, *param_names, *option_names, *OWN_SETTINGS]
-    for name, setting in layers.written().items():
-        if name not in known:
-            like = f" like {rehearsal.dialect.name}" if rehearsal else ""
-            hint = rehearsal.dialect.hints.get(name, "") if rehearsal else ""
-            raise UnknownName(f"setting of {backend.name}/{model}{like} (given in {setting.origin})", name, known, hint)
-    given_params = layers.choose(param_names, INSTEAD, nullable(type(spec.params)))
-    given_options = layers.choose(option_names, {})
-    if "weights" in given_params:
-        given_params["weights"] = weights_by_path(given_params["weights"])
-    origins = {name: setting.origin for name, setting in {**given_params, **given_options}.items()}
-    values = {name: setting.value for name, setting in given_params.items()}
-    params = set_fields(spec.params, values, kind="parameter", origins=origins)
-    if rehearsal is not None:
-        said = rehearsal.said
-        origins |= {name: rehearsal.notes_on(name)[-1].name or rehearsal.dialect.name for name in said}
-        translated = set_fields(spec.params, said, kind="parameter", origins=origins)
-        refuse_contradictions(given_params, params, layers.get("model"), translated, rehearsal)
-        params = set_fields(spec.params, {**values, **said}, kind="parameter", origins=origins)
-    options = set_fields(
-        backend.options(), {n: s.value for n, s in given_options.items()}, kind="option", origins=origins
-    )
-    return _Resolved(
-        backend=backend,
-        model=model,
-        spec=spec,
-        params=params,
-        options=options,
-        origins=origins,
-        reason=reason,
-        rehearsal=rehearsal,
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """A job with its data, looked at, from which a run directory is laid out."""
+
+    resolved: Resolved
+    job: Job
+    path: Path
+    """Of the run directory."""
+    gathered: Gathered
+    told: list[str]
+    parent: Model | None
+    code: UserCode | None
+
+    def lay_out(self, path: Path) -> Workspace:
+        """Make the run directory. Where that fails nothing stays of it."""
+        workspace = Workspace(path)
+        workspace.create(self.job)
+        try:
+            for channel, ready in self.gathered.prepared.items():
+                workspace.write_dataset(channel, ready.data, ready.image_digests)
+            if self.parent is not None:
+                for file in sorted(path for path in self.parent.path.rglob("*") if path.is_file()):
+                    place(file, workspace.parent_model / file.relative_to(self.parent.path), lasting=True)
+            if self.code is not None:
+                self.code.copy_to(workspace.code)
+            if (retention := self.gathered.retention) is not None:
+                workspace.write_dataset(CHANNEL, retention.data, retention.image_digests)
+        except BaseException:
+            shutil.rmtree(workspace.path, ignore_errors=True)  # `create` made it, and nothing half-written may stay
+            raise
+        return workspace
 
 
-def _choose(model: Setting | None, backend: Setting | None) -> tuple[str, Backend, str]:
-    wanted = "auto" if model is None else str(model.value)
-    if wanted == "auto":
-        candidates = [plugins.backend(str(backend.value))] if backend else list(plugins.backends().values())
-        for candidate in candidates:
-            suggestion = candidate.suggest()
-            if suggestion is not None:
-                return suggestion.model, candidate, suggestion.reason
-        raise UsageError(
-            "no installed backend suggests a model; install one (pip install detkit-torchvision) or name a model, "
-            "see `detkit models`"
-        )
-    engine, slash, name = wanted.partition("/")
-    if backend is not None:
-        chosen = plugins.backend(str(backend.value))
-        return (name if slash and engine == chosen.name else wanted), chosen, ""
-    if slash:
-        return name, plugins.backend(engine), ""
-    having = [candidate for candidate in plugins.backends().values() if wanted in candidate.models]
-    if len(having) == 1:
-        return wanted, having[0], ""
-    every = [f"{b.name}/{m}" for b in plugins.backends().values() for m in b.models]
-    if having:
-        raise UsageError(f"model {wanted!r} is offered by {', '.join(b.name for b in having)}; write backend/model")
-    bare = {name.partition("/")[2] for name in every}
-    raise UnknownName("model", wanted, every, did_you_mean(wanted, bare).strip())
+def _make_ready(layers: Settings) -> _Ready:
+    """Resolve all settings, read the data and check both. Raises everything that can be known before a start."""
+    resolved = resolve(layers)
+    if resolved.rehearsal is not None:
+        refuse(resolved.rehearsal.dialect, resolved.rehearsal.notes)
+    if layers.get("train") is None:
+        raise MissingSettings([("train", "the folder of your images and annotations")])
+    resolved.backend.require(resolved.model, resolved.params, resolved.options)
+    given_code = [setting.value if (setting := layers.get(name)) else None for name in ("code", "imports")]
+    code, own_code = trust.prepare(*given_code)
+    params, parent = _with_parent(resolved.params, resolved)
+    seed = int(getattr(resolved.params, "seed", 0))
+    on_invalid = _one_of("on_invalid", layers.get("on_invalid"), ("raise", "drop"), "raise")
+    given = {name: setting.value for name in ("train", "val", "test") if (setting := layers.get(name)) is not None}
+    found = gather(given, Replay.read(layers, parent), parent, on_invalid=on_invalid, seed=seed, code=code)
+    told = [*(tell(resolved.rehearsal, found.prepared) if resolved.rehearsal is not None else []), *found.told]
+    if own_code is not None:
+        told.append(f"code {own_code.source}: {len(own_code.files)} files, sha256 {own_code.digest[:12]}...")
+    channels = {channel: ready.data for channel, ready in found.prepared.items()}
+    resolved.backend.require_data(resolved.model, channels)
+    params = _with_auto_detections(params, channels["train"])
+    job = Job(
+        backend=resolved.backend.name,
+        engine=resolved.backend.engine_of(resolved.model),
+        model=resolved.model,
+        params=msgspec.to_builtins(params),
+        options=msgspec.to_builtins(resolved.options),
+        classes=list(channels["train"].classes),
+        versions=plugins.versions(resolved.backend.name),
+        dropped=found.dropped,
+        replayed=found.replayed,
+        retention=found.retention.what if found.retention is not None else "",
+        code=code,
+    )
+    name = layers.get("name")
+    path = catalog.new_run_path(resolved.model, name.value if name else None)
+    return _Ready(resolved=resolved, job=job, path=path, gathered=found, told=told, parent=parent, code=own_code)
 
 
 def _with_auto_detections(params: Params, train: Dataset) -> Params:
@@ -326,7 +294,7 @@ def _with_auto_detections(params: Params, train: Dataset) -> Params:
     return msgspec.structs.replace(params, max_detections=max(100, 2 * int(train.boxes_per_image().max(initial=0))))
 
 
-def _with_parent(params: Params, resolved: _Resolved) -> tuple[Params, Model | None]:
+def _with_parent(params: Params, resolved: Resolved) -> tuple[Params, Model | None]:
     """Make ``weights`` what the engine understands: one of the model's words, None, a file, or a parent model."""
     weights = getattr(params, "weights", None)
     if weights is None or weights in resolved.spec.weights:
@@ -341,28 +309,21 @@ def _with_parent(params: Params, resolved: _Resolved) -> tuple[Params, Model | N
     except UnknownName:
         known = [*resolved.spec.weights, "none", "the path of a file", "a run"]
         raise UnknownName(f"weights for {resolved.backend.name}/{resolved.model}", str(weights), known) from None
-    if parent.manifest.backend != resolved.backend.name or parent.manifest.model != resolved.model:
+    own = resolved.backend.trained_name(resolved.model)
+    if parent.name != own:
         raise UsageError(
-            f"weights={str(weights)!r} is a {parent.name}; training a {resolved.backend.name}/{resolved.model} "
-            "can only start from one of its own kind"
+            f"weights={str(weights)!r} is a {parent.name}; training a {own} can only start from one of its own kind"
         )
-    if isinstance(resolved.backend, LocalBackend) and not resolved.backend.incremental:
+    if not resolved.backend.starts_from_models(resolved.model):
         raise Unsupported(f"backend {resolved.backend.name!r} cannot start from an earlier model")
     return msgspec.structs.replace(params, weights=str(parent.path.absolute())), parent
 
 
-def _lay_out(workspace: Workspace, prepared: Mapping[str, Prepared], parent: Model | None) -> None:
-    for channel, ready in prepared.items():
-        workspace.write_dataset(channel, ready.data, ready.image_digests)
-    if parent is not None:
-        for file in sorted(path for path in parent.path.rglob("*") if path.is_file()):
-            place(file, workspace.parent_model / file.relative_to(parent.path), lasting=True)
-
-
-def _announce(workspace: Workspace, resolved: _Resolved, told: list[str], leash: bool) -> None:
-    shown = os.path.relpath(workspace.path)
+def _announce(workspace: Workspace, resolved: Resolved, told: list[str], leash: bool) -> None:
     first = f"model {resolved.backend.name}/{resolved.model}" + (f": {resolved.reason}" if resolved.reason else "")
-    events: list[dict[str, float | str]] = [{"message": first}, {"message": f"run {shown}; the worker {life(leash)}"}]
+    lives = life(leash and resolved.backend.leashed)
+    run = f"run {os.path.relpath(workspace.path)}; the worker {lives}"
+    events: list[dict[str, float | str]] = [{"message": first}, {"message": run}]
     if resolved.rehearsal is not None:
         events.append(request_of(resolved.rehearsal))
     events += [{"message": message} for message in told]
@@ -371,8 +332,6 @@ def _announce(workspace: Workspace, resolved: _Resolved, told: list[str], leash:
 
 
 def _one_of(name: str, setting: Setting | None, allowed: tuple[Any, ...], default: Any) -> Any:
-    from detkit.errors import InvalidValue
-
     if setting is None:
         return default
     if setting.value not in allowed:

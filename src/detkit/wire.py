@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import mmap
 import os
 import socket
@@ -31,7 +32,7 @@ from msgspec import Meta
 
 from detkit import images
 from detkit.detections import Detections
-from detkit.errors import DetkitError, RunFailed
+from detkit.errors import DetkitError, ImageError, RunFailed
 from detkit.images import Image
 
 CONTENT_TYPE = "application/x-detkit-images"
@@ -81,15 +82,30 @@ def encode_images(batch: Sequence[Image], paths: Sequence[str] | None = None) ->
 
 
 def decode_images(
-    body: bytes | bytearray | memoryview, content_type: str = CONTENT_TYPE, payloads: memoryview | None = None
+    body: bytes | bytearray | memoryview,
+    content_type: str = CONTENT_TYPE,
+    payloads: memoryview | None = None,
+    *,
+    most_pixels: float = math.inf,
 ) -> tuple[list[Image], list[str]]:
     """Unpack a request body to images and their paths. Raises `DetkitError` for one that is malformed.
 
-    The images are views of the body, or of ``payloads`` where these lie elsewhere, as writable as it is.
+    The images are views of the body, or of ``payloads`` where these lie elsewhere, as writable as it is. Those in files
+    are not decoded where they have more than ``most_pixels`` together.
     """
-    body = memoryview(body)
+    body, left = memoryview(body), most_pixels
+
+    def read(content: bytes, path: str = "") -> Image:
+        nonlocal left
+        if left < math.inf:
+            header = images.read_header(content, path)
+            left -= header.width * header.height
+            if left < 0:
+                raise ImageError(path or "<bytes>", f"more than {most_pixels:.0f} pixels in one request")
+        return images.read_image(content, path)
+
     if content_type.startswith("image/"):
-        return [images.read_image(bytes(body))], [""]
+        return [read(bytes(body))], [""]
     if content_type != CONTENT_TYPE:
         raise DetkitError(f"content type {content_type!r} is not known; expected image/* or {CONTENT_TYPE}")
     batch = []
@@ -101,7 +117,7 @@ def decode_images(
             body, at = payloads[: sum(entry.bytes for entry in header.images)], 0
         for entry in header.images:
             if entry.shape is None:
-                batch.append(images.read_image(bytes(body[at : at + entry.bytes]), entry.path))
+                batch.append(read(bytes(body[at : at + entry.bytes]), entry.path))
             else:
                 batch.append(np.frombuffer(body, np.uint8, entry.bytes, at).reshape(entry.shape))
             at += entry.bytes

@@ -200,7 +200,7 @@ def end_at_once() -> None:
     end_group(os.getpgrp())
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """End this process without the clean-up of its frameworks, which crashes in some when all is done and written."""
     for child in multiprocessing.active_children():
         child.kill()
@@ -212,7 +212,7 @@ def _leave(code: int) -> NoReturn:
 
 def run() -> NoReturn:
     """Do what the command line says and leave."""
-    _leave(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

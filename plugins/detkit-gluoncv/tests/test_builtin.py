@@ -21,8 +21,9 @@ from detkit.data import Dataset
 from detkit.dialects import Note, becomes, text, typed
 from detkit.errors import InvalidValue, PluginError, UnknownName, UsageError
 from detkit.params import describe, set_fields
+from detkit.sagemaker_object_detection import BuiltinParams
 from detkit.testing import tiny_dataset
-from detkit_gluoncv.builtin import DIALECT, VGG_LAYERS, BuiltinParams, check, translate
+from detkit_gluoncv.builtin import DIALECT, VGG_LAYERS, check, translate
 from detkit_gluoncv.params import MODELS, NETWORKS, GluoncvParams, require
 
 LIKE = "sagemaker-object-detection"

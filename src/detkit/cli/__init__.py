@@ -8,9 +8,10 @@
 import io
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import detkit
 from detkit.cli import (
@@ -24,6 +25,7 @@ from detkit.cli import (
     export,
     messages,
     models,
+    places,
     plot,
     prediction,
     runs,
@@ -31,8 +33,17 @@ from detkit.cli import (
 )
 from detkit.errors import DetkitError
 
+
+class _WithPlaces(TyperGroup):
+    """The verbs, and the backends that have some of their own, which are only looked for when they are typed."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, cmd_name) or places.commands_of(cmd_name)
+
+
 app = typer.Typer(
     name="detkit",
+    cls=_WithPlaces,
     help="Train, use and compare object detectors of any framework.",
     epilog="Exit codes: 0 done, 1 findings or a failed threshold, 2 wrong use, 3 failure of a backend, 130 stopped.",
     no_args_is_help=True,
@@ -55,6 +66,8 @@ app.command()(models.models)
 app.command(context_settings=_OPEN)(training.explain)
 app.add_typer(runs.app, name="runs")
 app.add_typer(backends.app, name="backends")
+app.command(context_settings=_OPEN)(places.deploy)
+app.add_typer(places.app, name="endpoints")
 app.command()(doctor.doctor)
 app.command()(demo.demo)
 

@@ -24,14 +24,12 @@ def describe(run: "Run") -> dict[str, Any]:
     """Return what ``--json`` prints of a run wherever one is printed."""
     import msgspec
 
-    from detkit.runs import LocalRun
-
     status = run.status
     record: dict[str, Any] = {
         "run": str(run.path),
         "status": status,
         "model": f"{run.job.backend}/{run.job.model}",
-        "created": run.record.created if isinstance(run, LocalRun) else None,
+        "created": run.record.created,
         "step": run.last_step,
         "metrics": run.metrics,
         "classes": run.job.classes,

@@ -85,6 +85,9 @@ def train(
         ),
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Start it, leave it running, and return.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be asked for, and at most paid; start nothing.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -98,6 +101,9 @@ def train(
     given = sort_words([*(words or []), *context.args], _own_flags(context))
     own: dict[str, Any] = {"model": model, "backend": backend, "like": like, "name": name, "on_invalid": on_invalid}
     own |= {"replay": replay, "replay_share": replay_share, "code": code, "imports": imports or None}
+    if dry_run:
+        _print_plan(given, {**own, "resume": resume}, test=test, data_format=format, as_json=as_json)
+        return
     run: Run | None = None
     since = 0
     try:
@@ -128,9 +134,29 @@ def train(
 
 
 def _start(given: Words, own: dict[str, Any], *, test: str | None, data_format: str | None, detach: bool) -> "Run":
+    from detkit.trainer import Trainer
+
+    return Trainer(**own).start(*_data(given, test, data_format), leash=not detach, **given.settings)
+
+
+def _print_plan(given: Words, own: dict[str, Any], *, test: str | None, data_format: str | None, as_json: bool) -> None:
+    from detkit.errors import UsageError
+    from detkit.trainer import Trainer
+
+    if own.pop("resume") is not None:
+        raise UsageError("--dry-run plans a new run; leave out --resume")
+    plan = Trainer(**own).plan(*_data(given, test, data_format), **given.settings)
+    if as_json:
+        messages.print_json(plan.to_dict())
+    else:
+        print(plan)
+    if plan.errors:
+        raise typer.Exit(messages.FINDINGS)
+
+
+def _data(given: Words, test: str | None, data_format: str | None) -> list[Any]:
     from detkit.errors import UsageError
     from detkit.io import read_dataset
-    from detkit.trainer import Trainer
 
     if len(given.positions) > 2:
         raise UsageError(
@@ -141,8 +167,7 @@ def _start(given: Words, own: dict[str, Any], *, test: str | None, data_format: 
     data.append(test)
     if data_format is not None:
         data = [None if path is None else read_dataset(path, format=data_format) for path in data]
-    trainer = Trainer(**own)
-    return trainer.start(*data, leash=not detach, **given.settings)
+    return data
 
 
 def _resume(name: str, given: Words, own: dict[str, Any], *, detach: bool) -> "tuple[Run, int]":
@@ -166,8 +191,10 @@ def _print_stopped(run: "Run | None", *, as_json: bool) -> None:
     elif run.status == "finished":
         messages.tell("training had already finished")
         print_summary(run)
-    if run is not None and run.status != "finished":
+    if run is not None and (status := run.status) != "finished":
         place = messages.shown(run.path)
+        if status == "running":  # elsewhere; who followed it has said so
+            return
         messages.tell(f"stopped at step {run.last_step}; continue with `detkit train --resume {place}`")
 
 

@@ -37,10 +37,10 @@ from detkit.files import file_sha256
 from detkit.io import read_dataset
 from detkit.params import CANONICAL, VARIANTS
 from detkit.predictor import Predictor
+from detkit.resolution import OWN_SETTINGS
 from detkit.runs import Run
 from detkit.scores import SCORE_FLOOR, score
 from detkit.testing.jobs import CATEGORY_IDS, Interrupted, Jobs, write_coco
-from detkit.trainer import OWN_SETTINGS
 
 HEAVY = frozenset({"torch", "torchvision", "mxnet", "gluoncv", "tensorflow", "boto3", "onnx", "onnxruntime", "hotcoco"})
 """Modules that importing a plugin's entry point must not load, beside those that the backend requires."""
@@ -143,6 +143,12 @@ class BackendTests:
         assert _losses(again) == _losses(jobs.base)
         assert _losses(again), "engines log train/loss"
         _assert_same(jobs.predict(again), jobs.predict(jobs.base))
+
+    def test_parts_of_the_loss_are_declared(self, jobs: Jobs) -> None:
+        """What a place has to know beforehand, to find it in a log: the metrics beside the loss and its parts."""
+        logged = {name for row in jobs.base.history for name in row if name.startswith("train/")}
+        declared = {f"train/{name}" for name in plugins.backend(self.backend).spec(self.model).losses}
+        assert logged - {"train/loss", "train/learning_rate"} == declared
 
     def test_metrics_arrive_while_running(self, jobs: Jobs) -> None:
         stopped = jobs.interrupted("stop")

@@ -16,9 +16,10 @@ from detkit.data import Dataset
 from detkit.detections import Detections
 from detkit.errors import RunFailed
 from detkit.evaluation import evaluate
+from detkit.events import Event
 from detkit.files import place, write_json
 from detkit.io import read_dataset
-from detkit.job import Event, Workspace
+from detkit.job import Workspace
 from detkit.predictor import Predictor
 from detkit.resuming import go_on
 from detkit.runs import LocalRun, Run

@@ -163,6 +163,7 @@ def _spec(name: str, network: Network) -> ModelSpec:
         summary=f"SSD at {network.size} pixels on {_SUMMARIES[network.base]}",
         weights=(*words, "auto"),
         licence=LICENCES["coco" if "coco" in words else "imagenet"],
+        losses=("classification", "bbox_regression"),
     )
 
 

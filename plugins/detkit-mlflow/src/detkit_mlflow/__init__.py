@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from detkit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from detkit.job import Event
+    from detkit.events import Event
     from detkit.runs import Run
 
 ASKED_BY = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")

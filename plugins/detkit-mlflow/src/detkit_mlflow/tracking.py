@@ -17,7 +17,7 @@ from detkit.files import write_json
 from detkit.job import CHANNELS
 
 if TYPE_CHECKING:
-    from detkit.job import Event
+    from detkit.events import Event
     from detkit.runs import Run
 
 FILE = "output/data/mlflow.json"

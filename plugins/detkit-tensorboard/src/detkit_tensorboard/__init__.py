@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from detkit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from detkit.job import Event
+    from detkit.events import Event
     from detkit.runs import Run
 
 

@@ -19,7 +19,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from detkit.files import lock_file
 
 if TYPE_CHECKING:
-    from detkit.job import Event
+    from detkit.events import Event
     from detkit.runs import Run
 
 FOLDER = "output/tensorboard"

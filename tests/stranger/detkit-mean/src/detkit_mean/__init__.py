@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from detkit.backends import LocalBackend, ModelSpec
+from detkit.events import Event
 from detkit.formats import Format
 from detkit.hookspecs import hookimpl
-from detkit.job import Event
 from detkit.metrics import Metric
 from detkit.runs import Run
 from detkit_mean import boxes_csv, count_error, tracker

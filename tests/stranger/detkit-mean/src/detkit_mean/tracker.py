@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 
-from detkit.job import Event
+from detkit.events import Event
 from detkit.runs import Run
 
 

@@ -1,0 +1,40 @@
+"""Models that answer somewhere else, and are paid for as long as they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from detkit import plugins
+from detkit.backends import Endpoint
+from detkit.errors import UnknownName, Unsupported
+from detkit.job import Model
+from detkit.params import set_fields
+from detkit.predictor import find_model
+from detkit.runs import Run
+
+
+def deploy(model: Run | Model | str | Path, *, backend: str = "sagemaker", **options: Any) -> Endpoint:
+    """Let a finished model, wherever it was trained, answer at a place; ``options`` are those of the place.
+
+    What is paid by the hour ends by itself: ``ttl="2h"``, or ``keep=True`` where it is to stay. Use it as a context
+    manager, or call `Endpoint.delete`, to end it before. Raises `Unsupported` where the backend has no such place.
+    """
+    place = plugins.backend(backend)
+    if place.deploy_options is None:
+        raise Unsupported(f"backend {place.name!r} deploys nothing; these do: {', '.join(_places()) or 'none'}")
+    known = place.deploy_options.__struct_fields__
+    for name in options:
+        if name not in known:
+            raise UnknownName(f"option of {place.name} for deploying", name, known)
+    return place.deploy(find_model(model), set_fields(place.deploy_options(), options, kind="option"))
+
+
+def list_endpoints(backend: str | None = None, **options: Any) -> list[Endpoint]:
+    """Return the endpoints of one place, else of every place that has some."""
+    names = [backend] if backend is not None else _places()
+    return [endpoint for name in names for endpoint in plugins.backend(name).endpoints(options)]
+
+
+def _places() -> list[str]:
+    return [name for name, backend in plugins.backends().items() if backend.deploy_options is not None]
