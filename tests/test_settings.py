@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from msgspec import Meta
 
 from detkit import Trainer
 from detkit.errors import DetkitError, InvalidData, InvalidValue, UnknownName
-from detkit.params import INSTEAD, Epochs, Iterations, Params, Weights, nullable
+from detkit.params import INSTEAD, Epochs, Iterations, Params, Weights, coerce, nullable
 from detkit.settings import Setting, Settings
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -168,3 +170,14 @@ def test_three_ways_to_name_a_model() -> None:
     for settings in ({"model": "echo/memory"}, {"model": "memory", "backend": "echo"}, {"model": "memory"}):
         explanation = Trainer(**settings).explain()  # type: ignore[arg-type]
         assert (explanation.backend, explanation.model) == ("echo", "memory")
+
+
+def test_a_type_may_read_texts_in_its_own_way() -> None:
+    minutes = Annotated[int, Meta(ge=1, extra={"read": lambda text: 60 * int(text.removesuffix("min"))})]
+    for hint in (minutes, minutes | None):
+        assert coerce("wait", "3min", hint) == coerce("wait", 180, hint) == 180
+        with pytest.raises(InvalidValue, match="wait='soon'"):
+            coerce("wait", "soon", hint)
+        with pytest.raises(InvalidValue, match=">= 1"):
+            coerce("wait", "0min", hint)
+    assert coerce("wait", "none", minutes | None) is None

@@ -207,6 +207,10 @@ class Backend(ABC):
     def attach(self, workspace: Workspace) -> Run:
         """Find a run again from its directory."""
 
+    def recover(self, name: str, options: Mapping[str, Any]) -> Run:
+        """Make the run directory of what another machine started, by the place's own name of it."""
+        raise Unsupported(f"runs of backend {self.name!r} lie on the machine that started them; name their directory")
+
     @abstractmethod
     def open(self, model: Model, options: PredictOptions, *, isolate: bool = False) -> Detector:
         """Open a finished model, in this process or, with ``isolate``, in a worker of its own."""
@@ -220,7 +224,7 @@ class Backend(ABC):
         raise Unsupported(f"backend {self.name!r} deploys nothing")
 
     def endpoints(self, options: Mapping[str, Any]) -> Sequence[Endpoint]:
-        """Return what answers just now and was deployed by detkit, wherever from. ``options`` are some of `deploy`'s."""
+        """Return what detkit deployed, wherever from, and is there now. ``options`` are some of `deploy`'s."""
         return ()
 
     def remove_endpoints(self, names: Sequence[str], *, expired: bool, options: Mapping[str, Any]) -> list[str]:

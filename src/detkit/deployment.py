@@ -12,10 +12,13 @@ from detkit.job import Model
 from detkit.params import set_fields
 from detkit.predictor import find_model
 from detkit.runs import Run
+from detkit.settings import Settings
 
 
 def deploy(model: Run | Model | str | Path, *, backend: str = "sagemaker", **options: Any) -> Endpoint:
-    """Let a finished model, wherever it was trained, answer at a place; ``options`` are those of the place.
+    """Let a finished model, wherever it was trained, answer at a place.
+
+    ``options`` are those of the place; they may also come from ``DETKIT_<NAME>`` or a ``detkit.yaml``.
 
     What is paid by the hour ends by itself: ``ttl="2h"``, or ``keep=True`` where it is to stay. Use it as a context
     manager, or call `Endpoint.delete`, to end it before. Raises `Unsupported` where the backend has no such place.
@@ -27,7 +30,12 @@ def deploy(model: Run | Model | str | Path, *, backend: str = "sagemaker", **opt
     for name in options:
         if name not in known:
             raise UnknownName(f"option of {place.name} for deploying", name, known)
-    return place.deploy(find_model(model), set_fields(place.deploy_options(), options, kind="option"))
+    chosen = Settings(options, {}).choose(known, {})
+    values = {name: setting.value for name, setting in chosen.items()}
+    origins = {name: setting.origin for name, setting in chosen.items()}
+    return place.deploy(
+        find_model(model), set_fields(place.deploy_options(), values, kind="option", origins=origins)
+    )
 
 
 def list_endpoints(backend: str | None = None, **options: Any) -> list[Endpoint]:

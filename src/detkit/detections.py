@@ -137,6 +137,15 @@ class Detections:
             masks = tuple(mask for mask, kept in zip(masks, keep.tolist(), strict=True) if kept)
         return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], scores=self.scores[keep], masks=masks)
 
+    def best(self, count: int) -> Detections:
+        """Return the ones with the highest scores, so many at most."""
+        if len(self) <= count:
+            return self
+        masks = None if self.masks is None else self.masks[:count]
+        return replace(
+            self, boxes=self.boxes[:count], labels=self.labels[:count], scores=self.scores[:count], masks=masks
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: path, width, height, and one record of name, score, box for each detection.
 

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import sqlite3
 import sys
@@ -69,7 +70,7 @@ class Kept(NamedTuple):
     detections: Detections
     """With an empty path: other files may have the same content."""
     seconds: float
-    """That the model took for it."""
+    """That the model took for it; NaN where nobody knows."""
     device: str
     """As it was asked for, e.g. ``auto``."""
 
@@ -82,11 +83,14 @@ class PredictionStore:
         folder, name = cache_folder(), file_sha256(model.path / "detkit.json")[:32]
         self.path: Path | None = None if folder is None else folder / "predictions" / f"{name}-{_VERSION}.sqlite"
         """The file; None where nothing is kept."""
+        limit = options.max_detections or model.manifest.max_detections
+        self._limit = None if model.manifest.engine else limit
+        """Of a model that no engine of detkit's opens, all is kept that it found, and cut when it is asked for."""
         key = json.dumps(
             {
                 "score_threshold": float(options.score_threshold),
                 "nms_threshold": None if options.nms_threshold is None else float(options.nms_threshold),
-                "max_detections": options.max_detections or model.manifest.max_detections,
+                "max_detections": limit if self._limit is None else "all",
                 "versions": plugins.versions(model.manifest.backend),
                 "needs": _needs(model),
                 "code": [_code("detkit", _OWN_CODE), _code(model.manifest.engine.partition(":")[0].partition(".")[0])],
@@ -163,7 +167,11 @@ class PredictionStore:
                 scores=np.frombuffer(columns.scores, dtype="<f8").astype(np.float64),
                 masks=None if columns.masks is None else tuple(columns.masks),
             )
-            kept = Kept(found, float(seconds), str(device))
+            kept = Kept(
+                found if self._limit is None else found.best(self._limit),
+                math.nan if seconds is None else float(seconds),  # SQLite has no NaN
+                str(device),
+            )
         except (ValueError, TypeError, msgspec.MsgspecError):
             return None
         return kept
@@ -231,8 +239,9 @@ class Predicted:
 
     @property
     def seconds_per_image(self) -> float | None:
-        """The median, which the slow first batch of a cold model does not move; None without images."""
-        return float(np.median(self.seconds)) if len(self.seconds) else None
+        """The median, which the slow first batch of a cold model does not move; None where no time is known."""
+        known = self.seconds[np.isfinite(self.seconds)]
+        return float(np.median(known)) if len(known) else None
 
 
 def predict_all(

@@ -38,10 +38,10 @@ _AHEAD = 2
 class Predictor:
     """An opened model.
 
-    ``model`` is a `Run`, a `Model`, the folder of either, a run's name such as ``last``, or an `Endpoint`. ``score_threshold="best"``
-    is the score of the best F1 on the validation images, kept with the model. Use it as a context manager, or call
-    `close`, where the model holds a worker process. ``code`` is the folder of your own modules that the model was
-    trained with; a run that you trained here has it.
+    ``model`` is a `Run`, a `Model`, the folder of either, a run's name such as ``last``, or an `Endpoint`.
+    ``score_threshold="best"`` is the score of the best F1 on the validation images, kept with the model. Use it as a
+    context manager, or call `close`, where the model holds a worker process. ``code`` is the folder of your own modules
+    that the model was trained with; a run that you trained here has it.
     """
 
     def __init__(
@@ -155,8 +155,8 @@ def find_model(model: Run | Model | str | Path, code: str | Path | None = None) 
 def _model_of(endpoint: Endpoint) -> Model:
     if endpoint.model is None:
         raise UsageError(
-            f"what answers at {endpoint.name} is not known here: it was deployed from another machine; deploy the model "
-            "from here, or open its folder"
+            f"what answers at {endpoint.name} is not known here: it was deployed from another machine; deploy the "
+            "model from here, or open its folder"
         )
     return endpoint.model
 

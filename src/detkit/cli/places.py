@@ -58,18 +58,19 @@ def deploy(
         ),
     ] = None,
     backend: Annotated[str, typer.Option(metavar="BACKEND", help="Where.")] = "sagemaker",
+    yes: Annotated[bool, typer.Option("--yes", help="Start what costs money without `--max-cost`.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Let a finished model answer at a place. What is paid by the hour needs `--ttl`, after which the place deletes it."""
+    """Let a finished model answer at a place. What is paid by the hour needs `--ttl`: the place deletes it then."""
     from detkit.deployment import deploy
     from detkit.errors import UsageError
     from detkit.progress import shown
 
-    given = sort_words([*(words or []), *context.args], {"backend", "json"}, usage="deploy MODEL")
+    given = sort_words([*(words or []), *context.args], {"backend", "yes", "json"}, usage="deploy MODEL")
     if given.positions:
         raise UsageError(f"deploy takes one model and options, but got {', '.join(given.positions)}")
     with shown():
-        endpoint = deploy(model, backend=backend, **given.settings)
+        endpoint = deploy(model, backend=backend, **given.settings, **({"yes": True} if yes else {}))
     if as_json:
         messages.print_json(describe(endpoint))
         return
@@ -110,6 +111,7 @@ def list_endpoints(backend: Place = None, region: Region = None, as_json: Json =
 
 @app.command()
 def rm(
+    *,
     names: Annotated[list[str] | None, typer.Argument(metavar="[ENDPOINT...]", show_default=False)] = None,
     expired: Annotated[
         bool, typer.Option("--expired", help="All whose time is over, and what was left half made.")

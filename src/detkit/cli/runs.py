@@ -134,13 +134,28 @@ def show(run: RunName, as_json: Json = False) -> None:
 
 @app.command()
 def attach(
-    run: RunName, as_json: Json = False, quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False
+    run: RunName,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BACKEND", help="Whose job RUN is, where another machine started it; it gets a folder here."
+        ),
+    ] = None,
+    region: Annotated[str | None, typer.Option(metavar="REGION", help="Where that place has several.")] = None,
 ) -> None:
     """Follow a run to its end. Ctrl-C leaves it running."""
-    from detkit import catalog
+    from detkit import catalog, plugins
+    from detkit.errors import UsageError
     from detkit.live import follow
 
-    found = catalog.open_run(run)
+    if backend is None and region is not None:
+        raise UsageError("--region is for a job that another machine started; name its place with --backend")
+    if backend is None:
+        found = catalog.open_run(run)
+    else:
+        found = plugins.backend(backend).recover(run, {} if region is None else {"region": region})
     try:
         follow(found, quiet=quiet)
     except KeyboardInterrupt:

@@ -88,6 +88,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be asked for, and at most paid; start nothing.")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Start what costs money, without `--max-cost`.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -99,6 +100,8 @@ def train(
     from detkit.trainer import watch
 
     given = sort_words([*(words or []), *context.args], _own_flags(context))
+    if yes:
+        given.settings["yes"] = "true"
     own: dict[str, Any] = {"model": model, "backend": backend, "like": like, "name": name, "on_invalid": on_invalid}
     own |= {"replay": replay, "replay_share": replay_share, "code": code, "imports": imports or None}
     if dry_run:

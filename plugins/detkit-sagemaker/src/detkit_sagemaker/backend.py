@@ -1,0 +1,205 @@
+"""The controller's side: what to ask AWS for, and when not to."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from detkit import catalog, plugins, trust
+from detkit.backends import Backend, Detector, Endpoint, PredictOptions, Suggestion
+from detkit.errors import MissingSettings, Unsupported
+from detkit.files import write_json
+from detkit.job import Job, Model, Workspace
+from detkit.params import Options, Params, set_fields
+from detkit.plans import Plan
+from detkit.runs import RunRecord
+from detkit_sagemaker.models import BACKEND, SagemakerModels, local_backend
+from detkit_sagemaker.options import DeployOptions, SagemakerOptions
+
+if TYPE_CHECKING:
+    from detkit.data import Dataset
+    from detkit_sagemaker.aws import Aws
+    from detkit_sagemaker.runs import SagemakerRun
+    from detkit_sagemaker.submission import Submission
+
+_ANSWERS_ELSEWHERE = """\
+{name} was trained by an image of AWS's, which answers only there. It can answer
+  for many images, in a job that ends by itself:   detkit sagemaker transform {path} DATA --yes
+      (then `detkit evaluate` and `detkit compare` know what it found)
+  for single images, from an endpoint that costs:  detkit deploy {path} --ttl 2h --yes
+A model that our container trained, or this machine, answers here."""
+
+
+class SagemakerBackend(Backend):
+    """Training jobs in Amazon SageMaker: AWS's own algorithms, and the engines of installed backends."""
+
+    name = BACKEND
+    summary = "Amazon SageMaker: the built-in algorithm, JumpStart, and installed backends in our container"
+    models = SagemakerModels()
+    options = SagemakerOptions
+    deploy_options = DeployOptions
+    leashed = False
+    commands = "detkit_sagemaker.cli:app"
+    resume = "exact"
+    """For our container; what AWS's images do is not known."""
+
+    def suggest(self) -> Suggestion | None:
+        """Suggest what the torchvision backend would train here."""
+        local = plugins.backends().get("torchvision")
+        found = None if local is None else local.suggest()
+        if found is None:
+            return None
+        return Suggestion(f"torchvision/{found.model}", f"in our container in SageMaker; {found.reason}")
+
+    def require(self, model: str, params: Params, options: Options) -> None:
+        assert isinstance(options, SagemakerOptions)
+        from detkit_sagemaker.aws import Aws
+        from detkit_sagemaker.defaults import complete
+
+        missing = []
+        if complete(options)[0].role is None:
+            missing.append(
+                ("role", "an execution role, ARN or name; `detkit sagemaker setup --print` shows what it may")
+            )
+        if local_backend(model) is not None and options.image_uri is None:
+            missing.append(("image_uri", "our container in your ECR; `detkit sagemaker build-image` makes it"))
+        if missing:
+            raise MissingSettings(missing)
+        Aws(options.region)
+
+    def require_data(self, model: str, channels: Mapping[str, Dataset]) -> None:
+        found = local_backend(model)
+        if found is not None:
+            found[0].require_data(found[1], channels)
+
+    def translate(self, model: str, params: Params) -> Mapping[str, str]:
+        found = local_backend(model)
+        return {} if found is None else found[0].translate(found[1], params)
+
+    def engine_of(self, model: str) -> str:
+        found = local_backend(model)
+        return "" if found is None else found[0].engine
+
+    def trained_name(self, model: str) -> str:
+        return f"{self.name}/{model}" if local_backend(model) is None else model
+
+    def starts_from_models(self, model: str) -> bool:
+        found = local_backend(model)
+        return found is None or found[0].incremental
+
+    def plan(self, job: Job, workspace: Workspace) -> Plan:
+        """Return what a job would ask for, at AWS and of the purse. Looks at S3 and at the account; changes nothing."""
+        from detkit_sagemaker import submission
+
+        aws = self._aws(job)
+        with tempfile.TemporaryDirectory(prefix="detkit-sagemaker-") as folder:
+            return _plan(aws, submission.prepare(aws, workspace, job, Path(folder)))
+
+    def start(self, job: Job, workspace: Workspace, *, leash: bool) -> SagemakerRun:
+        trust.of_job(job, workspace)
+        return self._submit(job, workspace)
+
+    def attach(self, workspace: Workspace) -> SagemakerRun:
+        from detkit_sagemaker.runs import SagemakerRun
+
+        return SagemakerRun(workspace, restart=self._again)
+
+    def recover(self, name: str, options: Mapping[str, Any]) -> SagemakerRun:
+        from detkit_sagemaker.recovery import recover
+
+        return self.attach(recover(self._account(options), name, catalog.new_run_path(name, name)))
+
+    def _again(self, run: SagemakerRun) -> SagemakerRun:
+        earlier = run.remote
+        return self._submit(run.job, run.workspace, earlier=[*earlier.earlier, earlier.name])
+
+    def _submit(self, job: Job, workspace: Workspace, *, earlier: Sequence[str] = ()) -> SagemakerRun:
+        from detkit_sagemaker import recovery, submission, uploads
+        from detkit_sagemaker.aws import explained
+        from detkit_sagemaker.ledger import Ledger
+        from detkit_sagemaker.runs import RECORD, RemoteJob, SagemakerRun
+        from detkit_sagemaker.spending import approve
+
+        aws = self._aws(job)
+        with tempfile.TemporaryDirectory(prefix="detkit-sagemaker-") as folder:
+            ready = submission.prepare(
+                aws, workspace, job, Path(folder), checkpoints_of=earlier[0] if earlier else None
+            )
+            plan = _plan(aws, ready)
+            approve(plan, ready.options)
+            for line in plan.summary().splitlines():
+                workspace.log("log", {"message": line})
+            uploads.ensure_bucket(aws, ready.root)
+            for bundle in (bundle for one in ready.staged for bundle in one.bundles):
+                bundle.upload(aws, ready.root)
+        remote = RemoteJob(
+            name=ready.name,
+            region=aws.region,
+            account=aws.account,
+            kind=ready.kind,
+            request=ready.request,
+            created=time.time(),
+            metrics=dict(ready.metrics),
+            hosting=dict(ready.hosting),
+            price_per_hour=ready.estimate.price_per_hour,
+            earlier=list(earlier),
+        )
+        # What is begun is written down first, so that no crash makes a job that nobody knows of.
+        Ledger.of(aws).creating("training-job", ready.name)
+        write_json(workspace.path / RECORD, remote)
+        write_json(workspace.run_file, RunRecord(backend=self.name, model=job.model, created=remote.created))
+        recovery.keep(aws, ready.root, workspace, ready.name)
+        with explained(f"starting training job {ready.name} (sagemaker:CreateTrainingJob)"):
+            aws.client("sagemaker").create_training_job(**ready.request)
+        workspace.log("log", {"message": f"training job {ready.name} in {aws.region}"})
+        return SagemakerRun(workspace, aws=aws, restart=self._again)
+
+    def open(self, model: Model, options: PredictOptions, *, isolate: bool = False) -> Detector:
+        raise Unsupported(_ANSWERS_ELSEWHERE.format(name=model.name, path=model.path.parent))
+
+    def deploy(self, model: Model, options: Options) -> Endpoint:
+        from detkit_sagemaker.deployment import deploy
+
+        assert isinstance(options, DeployOptions)
+        return deploy(model, options)
+
+    def endpoints(self, options: Mapping[str, Any]) -> Sequence[Endpoint]:
+        from detkit_sagemaker.endpoints import list_endpoints
+
+        return list_endpoints(self._account(options))
+
+    def remove_endpoints(self, names: Sequence[str], *, expired: bool, options: Mapping[str, Any]) -> list[str]:
+        from detkit_sagemaker.endpoints import remove
+
+        return remove(self._account(options), names or None, expired=expired)
+
+    def _account(self, options: Mapping[str, Any]) -> Aws:
+        from detkit_sagemaker.aws import Aws
+
+        return Aws(set_fields(DeployOptions(), dict(options), kind="option").region)
+
+    def _aws(self, job: Job) -> Aws:
+        from detkit_sagemaker.aws import Aws
+
+        return Aws(msgspec.convert(job.options, SagemakerOptions).region)
+
+
+def _plan(aws: Aws, ready: Submission) -> Plan:
+    from detkit_sagemaker import uploads
+
+    bundles = [bundle for one in ready.staged for bundle in one.bundles]
+    return Plan(
+        place=f"sagemaker {aws.region}, account {aws.account}",
+        notes=tuple(ready.notes),
+        uploads=uploads.total((bundle, bundle.missing(aws, ready.root)) for bundle in bundles),
+        requests=(("CreateTrainingJob", ready.request),),
+        worst_case_s=ready.estimate.seconds,
+        price_per_hour=ready.estimate.price_per_hour,
+        price_source=ready.estimate.source,
+        concerns=tuple(ready.look_at_account(aws)),
+    )

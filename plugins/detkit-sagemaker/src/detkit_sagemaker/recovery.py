@@ -1,0 +1,69 @@
+"""A run directory on another machine: what it takes lies in S3 beside the job, and is fetched by the job's name."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from detkit.errors import InvalidData, RunExists, UsageError
+from detkit.job import CHANNELS, Workspace
+from detkit_sagemaker import hosting, uploads
+from detkit_sagemaker.aws import Aws, AwsError, explained
+from detkit_sagemaker.container.archives import unpack
+from detkit_sagemaker.resources import is_missing
+
+_OF_A_CHANNEL = ("columns.npz", "digests.json")
+"""What a run has to know of its images without having them."""
+
+
+def keep(aws: Aws, root: str, workspace: Workspace, name: str) -> None:
+    """Put into S3 what `recover` takes: the job, and which images it is about; not the images."""
+    files = {"input/data/job/job.json": workspace.job_file}
+    for channel in (*CHANNELS, "retention"):
+        for file in _OF_A_CHANNEL:
+            path = workspace.channel(channel) / file
+            if path.is_file():
+                files[path.relative_to(workspace.path).as_posix()] = path
+    for path in workspace.path.glob("*.json"):
+        files[path.name] = path
+    with tempfile.TemporaryDirectory(prefix="detkit-run-") as folder:
+        archive = hosting.pack(files, Path(folder) / "run.tar.gz")
+        uploads.put(aws, _url(root, name), archive.read_bytes())
+
+
+def recover(aws: Aws, name: str, folder: Path) -> Workspace:
+    """Make the run directory of a training job that another machine started. Raises `UsageError` and `RunExists`."""
+    try:
+        with explained(f"asking for training job {name} (sagemaker:DescribeTrainingJob)"):
+            job = aws.client("sagemaker").describe_training_job(TrainingJobName=name)
+    except AwsError as error:
+        if not is_missing(error):
+            raise
+        raise UsageError(
+            f"there is no training job {name} in account {aws.account}, {aws.region}; `aws sagemaker list-training-jobs` "
+            "lists them, and --region names another region"
+        ) from error
+    if folder.exists():
+        raise RunExists(folder, "other files")
+    root = job["OutputDataConfig"]["S3OutputPath"].rstrip("/").removesuffix("/jobs")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+        archive, run = Path(beside) / "run.tar.gz", Path(beside) / "run"
+        try:
+            uploads.get(aws, _url(root, name), archive)
+            run.mkdir()
+            unpack(archive, run)
+        except (AwsError, InvalidData) as error:
+            raise UsageError(
+                f"training job {name} was not started by detkit, or what it kept is gone: {error}"
+            ) from error
+        workspace = Workspace(run)
+        for place in (workspace.checkpoints, workspace.model, workspace.metrics_file.parent):
+            place.mkdir(parents=True, exist_ok=True)
+        shutil.move(run, folder)
+    return Workspace(folder)
+
+
+def _url(root: str, name: str) -> str:
+    return f"{root}/runs/{name}.tar.gz"

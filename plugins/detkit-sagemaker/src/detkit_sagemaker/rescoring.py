@@ -1,0 +1,49 @@
+"""What a model finds at AWS, kept here, so that `detkit.evaluate` and `detkit.compare` score it like any other."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from detkit.backends import PredictOptions
+from detkit.data import Dataset
+from detkit.formats.checks import prepare
+from detkit.io import read_dataset
+from detkit.job import Model
+from detkit.prediction_store import PredictionStore
+from detkit.scores import SCORE_FLOOR
+from detkit_sagemaker.aws import Aws
+from detkit_sagemaker.options import TransformOptions
+from detkit_sagemaker.resources import Tell, to_stderr
+from detkit_sagemaker.transform import predict_batch
+
+
+def transform(
+    model: Model,
+    data: Dataset | str | Path,
+    options: TransformOptions,
+    aws: Aws | None = None,
+    *,
+    on_invalid: Literal["raise", "drop"] = "raise",
+    tell: Tell = to_stderr,
+) -> tuple[int, int]:
+    """Let a model look at a data set's images in a batch transform job, and keep what it found.
+
+    Images that it has looked at before are not sent. Returns how many it looked at now, and how many there are. Raises
+    as `detkit_sagemaker.transform.predict_batch` does; what other images gave is kept then, too.
+    """
+    loaded = data if isinstance(data, Dataset) else read_dataset(data)
+    prepared = prepare(loaded, on_invalid=on_invalid)
+    digests = prepared.image_digests
+    with PredictionStore(model, PredictOptions(score_threshold=SCORE_FLOOR)) as store:
+        missing = {
+            path: digest
+            for path, digest, known in zip(prepared.data.paths, digests, store.get(digests), strict=True)
+            if known is None
+        }
+        if missing:
+            found = predict_batch(model, list(missing), options, aws, score_threshold=SCORE_FLOOR, tell=tell)
+            for detections in found:
+                store.put(missing[detections.path], detections, math.nan, "SageMaker")
+    return len(missing), len(digests)

@@ -1,0 +1,299 @@
+"""From a run that is laid out to the exact request of its training job, for each of the three kinds of model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from detkit import plugins
+from detkit.errors import MissingSettings, UsageError
+from detkit.events import pattern
+from detkit.job import Job, Model, Workspace
+from detkit.plans import Concern
+from detkit_sagemaker import builtin, channels, preflight, pricing
+from detkit_sagemaker.artifacts import place_of
+from detkit_sagemaker.aws import Aws
+from detkit_sagemaker.channels import Staged
+from detkit_sagemaker.defaults import complete, role_arn
+from detkit_sagemaker.hosting import root_of
+from detkit_sagemaker.images import builtin_image
+from detkit_sagemaker.jumpstart import MODEL_CONTENT, HubModel
+from detkit_sagemaker.models import BUILTIN, JumpstartParams, jumpstart_id, local_backend
+from detkit_sagemaker.options import SagemakerOptions
+from detkit_sagemaker.pricing import Estimate
+from detkit_sagemaker.requests import Channel, Request, check_request, job_name, training_request
+from detkit_sagemaker.resources import owner
+
+Kind = Literal["ours", "builtin", "jumpstart"]
+
+DEFAULT_INSTANCE = "ml.g4dn.xlarge"
+
+_METRICS = ("val/AP", "val/AP50", "val/AP75", "val/loss", "train/loss", "train/learning_rate", "test/AP", "test/AP50")
+"""Of every engine; what its losses consist of comes from `detkit.backends.ModelSpec.losses`."""
+
+_MOST_METRICS = 40
+"""Definitions that a request may have (API reference, AlgorithmSpecification)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """Everything that starting a job takes. Nothing of it has been done."""
+
+    kind: Kind
+    name: str
+    request: Request
+    options: SagemakerOptions
+    root: str
+    """S3 folder below which everything lies."""
+    staged: list[Staged]
+    estimate: Estimate
+    notes: list[str] = field(default_factory=list)
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """Expressions for the log of an image that is not ours."""
+    hosting: Mapping[str, Any] = field(default_factory=dict)
+    """What will answer with the model at AWS, where its image is not ours."""
+    concerns: list[Concern] = field(default_factory=list)
+
+    def look_at_account(self, aws: Aws) -> list[Concern]:
+        """Return what is wrong with the account, and what speaks against the machine and the request; only looks."""
+        resources = self.request["ResourceConfig"]
+        instance_type, count = resources["InstanceType"], resources["InstanceCount"]
+        image = self.options.image_uri if self.kind == "ours" else None
+        needs: dict[tuple[preflight.Use, str], int] = {
+            ("spot" if self.options.spot else "training", instance_type): count
+        }
+        rejected = [Concern(level="error", message=line) for line in check_request("CreateTrainingJob", self.request)]
+        return [
+            *self.concerns,
+            *rejected,
+            *preflight.machine(self.kind, self.options, instance_type),
+            *preflight.volume_key(self.options, instance_type),
+            *preflight.account(aws, role_arn=self.request["RoleArn"], output=self.root, needs=needs, image_uri=image),
+        ]
+
+
+def kind_of(model: str) -> Kind:
+    """Return which of the three ways a model is trained in."""
+    return "builtin" if model == BUILTIN else "jumpstart" if jumpstart_id(model) is not None else "ours"
+
+
+def prepare(aws: Aws, workspace: Workspace, job: Job, folder: Path, *, checkpoints_of: str | None = None) -> Submission:
+    """Return the job's request and its data, written into ``folder`` where it needs another form; only looks at AWS.
+
+    ``checkpoints_of`` is the name of the job to go on from. Raises `UsageError`, `MissingSettings` and `AwsError`.
+    """
+    given = msgspec.convert(job.options, SagemakerOptions)
+    options, completed = complete(given)
+    if options.role is None:
+        raise MissingSettings(
+            [("role", "the execution role's ARN or name; `detkit sagemaker setup --print` shows what it may do")]
+        )
+    kind, notes = kind_of(job.model), list(completed.notes())
+    way = {"ours": _ours, "builtin": _builtin, "jumpstart": _jumpstart}[kind]
+    return way(_Common(aws, workspace, job, folder, options, notes, job_name(workspace.path.name), checkpoints_of))
+
+
+@dataclass(frozen=True)
+class _Common:
+    aws: Aws
+    workspace: Workspace
+    job: Job
+    folder: Path
+    options: SagemakerOptions
+    notes: list[str]
+    name: str
+    checkpoints_of: str | None
+
+    @property
+    def root(self) -> str:
+        return root_of(self.aws, self.options)
+
+    def request(
+        self, *, image: str, instance_type: str, entries: list[Channel], **more: Any
+    ) -> tuple[Request, Estimate]:
+        """Build the request; what may be spent ends the job."""
+        options = self.options
+        use: dict[str, Any] = {"instance_type": instance_type, "region": self.aws.region, "use": "training"}
+        if options.max_cost is not None:
+            within = pricing.runtime_within(options.max_cost, instance_count=options.instance_count, **use)
+            if within < options.max_runtime:
+                self.notes.append(f"max_cost={options.max_cost:g} ends the job after {within} s")
+                options = msgspec.structs.replace(options, max_runtime=within)
+        request = training_request(
+            name=self.name,
+            image=image,
+            role=role_arn(str(options.role), partition=self.aws.partition, account=self.aws.account),
+            output=f"{self.root}/jobs",
+            channels=entries,
+            options=options,
+            instance_type=instance_type,
+            tags={"detkit:run": self.workspace.path.name, "detkit:owner": owner(self.aws), **more.pop("tags", {})},
+            **more,
+        )
+        estimate = pricing.estimate(
+            instance_count=options.instance_count, seconds=options.max_runtime, spot=options.spot, **use
+        )
+        return request, estimate
+
+
+def _ours(given: _Common) -> Submission:
+    found = local_backend(given.job.model)
+    assert found is not None  # the model's parameters came from it
+    backend, model = found
+    if given.options.image_uri is None:
+        raise MissingSettings(
+            [("image_uri", "our container in your ECR, which `detkit sagemaker build-image` makes and names")]
+        )
+    job = msgspec.structs.replace(
+        given.job,
+        backend=backend.name,
+        model=model,
+        engine=backend.engine,
+        params=_params_there(given.job.params, given.workspace),
+        options=msgspec.to_builtins(backend.options()),
+        versions=plugins.versions(backend.name),
+    )
+    staged = channels.for_our_container(given.workspace, job, given.folder)
+    losses = backend.models[model].losses
+    parts = [*(f"train/{name}" for name in losses), *(f"val/{_validation(name)}" for name in losses)]
+    metrics = {name: pattern(name) for name in [*_METRICS, *parts][:_MOST_METRICS]}
+    request, estimate = given.request(
+        image=given.options.image_uri,
+        instance_type=given.options.instance_type or DEFAULT_INSTANCE,
+        entries=[one.channel(given.root) for one in staged],
+        metrics=metrics,
+        checkpoints=f"{given.root}/checkpoints/{given.checkpoints_of or given.name}",
+    )
+    return Submission(
+        kind="ours",
+        name=given.name,
+        request=request,
+        options=given.options,
+        root=given.root,
+        staged=staged,
+        estimate=estimate,
+        notes=given.notes,
+    )
+
+
+def _validation(loss: str) -> str:
+    """Return what a part of the loss is called in validation, see `detkit.loop`."""
+    return loss if loss.startswith("loss") else f"loss_{loss}"
+
+
+def _params_there(params: Mapping[str, Any], workspace: Workspace) -> dict[str, Any]:
+    """Return the parameters as the container takes them. Raises `UsageError` for weights that would not be there."""
+    weights = params.get("weights")
+    is_parent = (workspace.parent_model / "detkit.json").is_file()
+    if weights is not None and not is_parent:
+        raise UsageError(
+            f"weights={weights!r} are a file, or are fetched, and our container has neither that file nor a way to "
+            "fetch it; train from a run or model with weights=RUN, or with weights=none"
+        )
+    return dict(params)
+
+
+def _builtin(given: _Common) -> Submission:
+    params = msgspec.convert(given.job.params, builtin.ObjectDetectionParams)
+    parent = _parent(given.workspace)
+    form = given.options.data_format
+    parts = {name: data for name in ("train", "validation") if (data := given.workspace.dataset(name)) is not None}
+    concerns = [*preflight.builtin_image(given.aws.region), *preflight.builtin_data(params, parts, form)]
+    if parent is not None:
+        concerns += preflight.incremental(params, given.job.classes, parent.manifest.native, parent.classes)
+    _refuse_errors(concerns)
+    staged, told = channels.for_builtin(given.workspace, given.folder, form, given.root)
+    train = parts["train"]
+    empty = int((train.boxes_per_image() == 0).sum()) if form == "recordio" else 0
+    busiest = max(int(data.boxes_per_image().max(initial=0)) for data in parts.values())
+    facts = {"num_training_samples": len(train) - empty, "label_width": builtin.needed_label_width(busiest)}
+    count = given.options.instance_count
+    hyperparameters = builtin.hyperparameters(params, num_classes=len(train.classes), instance_count=count, **facts)
+    entries = [one.channel(given.root) for one in staged]
+    if parent is not None:
+        entries.append(Channel(name="model", s3_uri=_artifact(parent), content_type=MODEL_CONTENT, input_mode="File"))
+    image = builtin_image(given.aws.region)
+    request, estimate = given.request(
+        image=image,
+        instance_type=given.options.instance_type or DEFAULT_INSTANCE,
+        entries=entries,
+        hyperparameters=hyperparameters,
+        checkpoints=f"{given.root}/checkpoints/{given.name}" if given.options.spot else None,
+    )
+    return Submission(
+        kind="builtin",
+        name=given.name,
+        request=request,
+        options=given.options,
+        root=given.root,
+        staged=staged,
+        estimate=estimate,
+        notes=[*given.notes, *told, *builtin.notes(params, instance_count=count, **facts)],
+        metrics=builtin.METRICS,
+        hosting={"image": image},
+        concerns=concerns,
+    )
+
+
+def _jumpstart(given: _Common) -> Submission:
+    params = msgspec.convert(given.job.params, JumpstartParams)
+    hub = HubModel.read(given.aws, str(jumpstart_id(given.job.model)))
+    hub.require_training()
+    instance_type = hub.training_instance(given.options.instance_type)
+    isolated = given.options.network_isolation
+    isolated = hub.training_enable_network_isolation if isolated is None else isolated
+    staged = channels.for_jumpstart(given.workspace, given.folder)
+    parent = _parent(given.workspace)
+    (training,) = [one.channel(given.root) for one in staged]
+    request, estimate = given.request(
+        image=hub.training_image(instance_type),
+        instance_type=instance_type,
+        entries=hub.channels(
+            training.s3_uri, parent_uri=None if parent is None else _artifact(parent), isolated=isolated
+        ),
+        hyperparameters=hub.wire(params, job_name=given.name, region=given.aws.region, isolated=isolated),
+        metrics=hub.metrics,
+        tags=hub.tags,
+        isolated=hub.training_enable_network_isolation,
+        encrypted=hub.encrypt_inter_container_traffic,
+        volume_size=hub.training_volume_size,
+    )
+    host = hub.default_inference_instance_type or DEFAULT_INSTANCE
+    validation = given.workspace.dataset("validation")
+    split = "JumpStart takes no validation images: it divides what it is given, 80 to 20, by itself" + (
+        f"; the {len(validation)} validation images are given to it as well, and count as seen" if validation else ""
+    )
+    return Submission(
+        kind="jumpstart",
+        name=given.name,
+        request=request,
+        options=given.options,
+        root=given.root,
+        staged=staged,
+        estimate=estimate,
+        notes=[*given.notes, split],
+        metrics=hub.metrics,
+        hosting={"image": hub.hosting_image(host), "environment": hub.hosting_environment()},
+    )
+
+
+def _parent(workspace: Workspace) -> Model | None:
+    return Model(workspace.parent_model) if (workspace.parent_model / "detkit.json").is_file() else None
+
+
+def _artifact(parent: Model) -> str:
+    place = place_of(parent.path)
+    if place is None:
+        raise UsageError(f"{parent.path} does not say where it lies in S3; train from a run that SageMaker trained")
+    return place.artifact
+
+
+def _refuse_errors(concerns: Sequence[Concern]) -> None:
+    """Raise `UsageError` with all that the service would reject, where there is anything."""
+    errors = [str(concern) for concern in concerns if concern.level == "error"]
+    if errors:
+        raise UsageError("AWS would reject this; nothing was started:\n" + "\n".join(errors))

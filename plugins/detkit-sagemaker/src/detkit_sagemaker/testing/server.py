@@ -1,0 +1,227 @@
+"""The endpoint: one HTTP server for all of AWS. SageMaker and Service Quotas are answered here, the rest by moto."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any
+from urllib.parse import parse_qs, unquote
+
+from detkit_sagemaker.testing.account import INTERNAL_KEY, Account, Json, Resource, log
+from detkit_sagemaker.testing.faults import DropConnection
+from detkit_sagemaker.testing.hosting import Hosting
+from detkit_sagemaker.testing.hub import Hub
+from detkit_sagemaker.testing.listing import page
+from detkit_sagemaker.testing.refusals import Exists, NotFound, Refused, rendered
+from detkit_sagemaker.testing.schedules import CHANGING, Schedules
+from detkit_sagemaker.testing.training import TrainingJobs
+from detkit_sagemaker.testing.transform import TransformJobs
+from detkit_sagemaker.testing.tuning import TuningJobs
+from detkit_sagemaker.testing.validation import check_answer, check_request, operations, service_model
+
+_CREDENTIAL = re.compile(r"Credential=([^/,]+)/\d+/[^/]+/([^/]+)/aws4_request")
+_INVOCATION = re.compile(r"/endpoints/([^/]+)/invocations")
+_SCHEDULE = re.compile(r"/schedules/([^/]+)")
+_S3_OPERATIONS = {
+    ("PUT", True): "PutObject",
+    ("GET", True): "GetObject",
+    ("HEAD", True): "HeadObject",
+    ("DELETE", True): "DeleteObject",
+    ("PUT", False): "CreateBucket",
+    ("GET", False): "ListObjectsV2",
+    ("HEAD", False): "HeadBucket",
+    ("DELETE", False): "DeleteBucket",
+}
+_SCHEDULE_OPERATIONS = {
+    "POST": "CreateSchedule",
+    "PUT": "UpdateSchedule",
+    "DELETE": "DeleteSchedule",
+    "GET": "GetSchedule",
+}
+
+Environ = dict[str, Any]
+Answered = tuple[int, list[tuple[str, str]], bytes]
+
+
+class Tagging:
+    """SageMaker's operations on tags."""
+
+    def __init__(self, account: Account) -> None:
+        self._account = account
+
+    def add_tags(self, request: Json) -> Json:
+        """Add tags to a resource."""
+        resource = self._account.with_arn(request["ResourceArn"])
+        resource.tag(request["Tags"])
+        return {"Tags": _tags(resource)}
+
+    def delete_tags(self, request: Json) -> Json:
+        """Take tags away from a resource."""
+        resource = self._account.with_arn(request["ResourceArn"])
+        for key in request["TagKeys"]:
+            resource.tags.pop(key, None)
+        return {}
+
+    def list_tags(self, request: Json) -> Json:
+        """List a resource's tags."""
+        return page(_tags(self._account.with_arn(request["ResourceArn"])), request, "Tags", 50)
+
+
+class Endpoint:
+    """The WSGI application of one account."""
+
+    def __init__(self, account: Account) -> None:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+        self._account = account
+        self._moto: Any = DomainDispatcherApplication(create_backend_app)
+        self._hosting = Hosting(account)
+        training = TrainingJobs(account)
+        parts = (training, TuningJobs(account, training), self._hosting, TransformJobs(account), Hub(account))
+        self._handlers: dict[str, Callable[[Json], Json]] = {
+            operation: getattr(part, method)
+            for method, operation in operations().items()
+            for part in (*parts, Tagging(account))
+            if hasattr(part, method)
+        }
+        self.schedules = Schedules(account, self.perform)
+        self._lock = threading.Lock()
+        self.created: list[tuple[str, Json]] = []
+        self.calls: list[str] = []
+
+    def perform(self, operation: str, request: Json) -> Json:
+        """Perform an operation of SageMaker. Raises `Refused`."""
+        handler = self._handlers.get(operation)
+        if handler is None:
+            raise Refused(f"{operation} is not simulated", "UnknownOperationException")
+        check_request(operation, request)
+        known = [error.name for error in service_model("sagemaker").operation_model(operation).error_shapes]
+        try:
+            answer = handler(request)
+        except NotFound as refused:
+            refused.code = "ResourceNotFound" if "ResourceNotFound" in known else refused.code
+            raise
+        except Exists as refused:
+            refused.code = "ResourceInUse" if "ResourceInUse" in known else refused.code
+            raise
+        check_answer(operation, answer)
+        if operation.startswith("Create"):
+            self._note(operation, request)
+        return answer
+
+    def _note(self, operation: str, request: Json) -> None:
+        with self._lock:
+            self.created.append((operation, request))
+
+    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer one HTTP request."""
+        found = _CREDENTIAL.search(environ.get("HTTP_AUTHORIZATION", ""))
+        key, service = (found[1], found[2]) if found else ("", "")
+        if key == INTERNAL_KEY or not service:
+            return self._by_moto(environ, start_response)
+        operation = _operation(environ, service)
+        with self._lock:
+            self.calls.append(operation)
+        try:
+            try:
+                self._account.faults.gate(service, operation)
+                if service not in ("sagemaker", "servicequotas"):
+                    return self._passed_on(environ, start_response, operation)
+                status, headers, body = self._answer(environ, service, operation)
+            except Refused as refused:
+                status, headers, body = rendered(refused, service)
+            self._account.faults.crash("after", operation)
+        except DropConnection as dropped:
+            raise ConnectionAbortedError("dropped, as asked") from dropped
+        headers += [("Content-Length", str(len(body))), ("x-amzn-RequestId", str(uuid.uuid4()))]
+        start_response(f"{status} -", headers)
+        return [body]
+
+    def _answer(self, environ: Environ, service: str, operation: str) -> Answered:
+        body = _body(environ)
+        path = unquote(environ.get("PATH_INFO", ""))
+        if (found := _INVOCATION.fullmatch(path)) and service == "sagemaker":
+            names = {"Content-Type": "CONTENT_TYPE", "Accept": "HTTP_ACCEPT"}
+            names["X-Amzn-SageMaker-Custom-Attributes"] = "HTTP_X_AMZN_SAGEMAKER_CUSTOM_ATTRIBUTES"
+            headers = {name: environ[variable] for name, variable in names.items() if variable in environ}
+            answer = self._hosting.invoke(found[1], body, headers)
+            return answer.status, list(answer.headers.items()), answer.body
+        try:
+            request = json.loads(body or b"{}")
+        except ValueError as error:
+            raise Refused("the request is no JSON", "SerializationException") from error
+        try:
+            if service == "servicequotas":
+                answered = self._account.quotas.answer(operation, request)
+            else:
+                answered = self.perform(operation, request)
+        except Refused:
+            raise
+        except Exception as error:
+            log.exception("the simulator failed in %s", operation)
+            raise Refused(f"the simulator failed: {error!r}", "InternalFailure", 500) from error
+        return 200, [("Content-Type", "application/x-amz-json-1.1")], json.dumps(answered, default=_plain).encode()
+
+    def _passed_on(self, environ: Environ, start_response: Callable[..., Any], operation: str) -> Iterable[bytes]:
+        """Let moto answer, and see what became of a schedule."""
+        changing, request = operation in CHANGING, b""
+        if changing:
+            request = _body(environ)
+            self.schedules.check(request)
+        seen: list[str] = []
+
+        def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+            seen.append(status)
+            return start_response(status, headers, *more)
+
+        answer = self._by_moto(environ, start)
+        if changing and seen and seen[0].startswith("2"):
+            if operation == "CreateSchedule":
+                self._note(operation, json.loads(request))
+            self.schedules.changed()
+        self._account.faults.crash("after", operation)
+        return answer
+
+    def _by_moto(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        answer: Iterable[bytes] = self._moto(environ, start_response)
+        return answer
+
+
+def _operation(environ: Environ, service: str) -> str:
+    """Return AWS's name of the operation that is called, as well as it can be told; else the HTTP method."""
+    method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO", "")
+    if target := environ.get("HTTP_X_AMZ_TARGET"):
+        return str(target).split(".")[-1]
+    if service == "sagemaker":
+        return "InvokeEndpoint"
+    if service == "scheduler" and _SCHEDULE.fullmatch(path):
+        return _SCHEDULE_OPERATIONS.get(method, method)
+    if service == "s3":
+        if method == "PUT" and "partNumber=" in environ.get("QUERY_STRING", ""):
+            return "UploadPart"
+        return _S3_OPERATIONS.get((str(method), "/" in path.strip("/")), str(method))
+    if environ.get("CONTENT_TYPE", "").startswith("application/x-www-form-urlencoded"):
+        return parse_qs(_body(environ).decode()).get("Action", [str(method)])[0]
+    return str(method)
+
+
+def _body(environ: Environ) -> bytes:
+    """Return the request's body; it can be read again."""
+    body: bytes = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    environ["wsgi.input"] = io.BytesIO(body)
+    return body
+
+
+def _tags(resource: Resource) -> list[dict[str, str]]:
+    return [{"Key": key, "Value": value} for key, value in resource.tags.items()]
+
+
+def _plain(value: object) -> float:
+    if isinstance(value, datetime):
+        return value.timestamp()
+    raise TypeError(f"{value!r} has no JSON form")

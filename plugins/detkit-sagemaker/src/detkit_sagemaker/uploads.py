@@ -1,0 +1,169 @@
+"""Files on their way to S3. They lie there by their content, so what is there already does not travel again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from detkit.errors import UsageError
+from detkit.files import file_sha256
+from detkit.progress import track
+from detkit_sagemaker.aws import Aws, code_of, explained
+
+_AT_ONCE = 8
+_MISSING = {"404", "NoSuchBucket", "NotFound"}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that is to lie in S3."""
+
+    name: str
+    """Its path below the bundle's, with ``/``."""
+    source: Path | str
+    """A file here, or the ``s3://`` URL of one that is copied over there and does not travel."""
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Files that are used together; they lie below one prefix, which their names and contents give."""
+
+    files: tuple[File, ...]
+
+    @classmethod
+    def of(
+        cls, folder: Path, *, digests: Mapping[str, str] | None = None, origins: Mapping[str, str] | None = None
+    ) -> Bundle:
+        """Take all files below a folder. ``digests`` are known sha256 by name, ``origins`` URLs of files in S3."""
+        digests, origins = digests or {}, origins or {}
+        found = []
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            source = origins.get(name, path)
+            found.append(File(name, source, digests.get(name) or file_sha256(path), path.stat().st_size))
+        return cls(tuple(found))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over all names and contents, shortened."""
+        listed = [[file.name, file.sha256] for file in self.files]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    def url(self, root: str) -> str:
+        """Return the prefix below an S3 folder, with a slash at its end."""
+        return f"{root.rstrip('/')}/data/{self.digest}/"
+
+    def missing(self, aws: Aws, root: str) -> tuple[File, ...]:
+        """Return the files that do not lie there yet; only looks."""
+        there = dict(objects(aws, self.url(root)))
+        return tuple(file for file in self.files if there.get(file.name) != file.bytes)
+
+    def upload(self, aws: Aws, root: str) -> str:
+        """Bring there what is missing, and return the prefix. Killed half-way, it goes on where it was."""
+        url, missing = self.url(root), self.missing(aws, root)
+        s3 = aws.client("s3")
+        bucket, prefix = split(url)
+
+        def bring(file: File) -> None:
+            key = f"{prefix}{file.name}"
+            with explained(f"writing s3://{bucket}/{key} (s3:PutObject)"):
+                if isinstance(file.source, str):
+                    source_bucket, source_key = split(file.source)
+                    s3.copy({"Bucket": source_bucket, "Key": source_key}, bucket, key)
+                else:
+                    s3.upload_file(str(file.source), bucket, key)
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            running = [pool.submit(bring, file) for file in missing]
+            try:
+                for done in track(running, "uploading", total=len(running)):
+                    done.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return url
+
+
+def split(url: str) -> tuple[str, str]:
+    """Return bucket and key of an ``s3://`` URL. Raises `UsageError` for anything else."""
+    parts = urlsplit(url, allow_fragments=False)
+    if parts.scheme != "s3" or not parts.netloc:
+        raise UsageError(f"{url!r} is no place in S3; expected s3://BUCKET/FOLDER")
+    return parts.netloc, url.removeprefix(f"s3://{parts.netloc}").removeprefix("/")
+
+
+def objects(aws: Aws, url: str) -> Iterator[tuple[str, int]]:
+    """Yield name below the prefix, and size in bytes, of every object there; none where there is no such bucket."""
+    bucket, prefix = split(url)
+    pages = aws.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    try:
+        with explained(f"listing {url} (s3:ListBucket)"):
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    yield item["Key"][len(prefix) :], item["Size"]
+    except Exception as error:
+        if code_of(error) not in _MISSING:
+            raise
+
+
+def put(aws: Aws, url: str, body: bytes) -> None:
+    """Write one object."""
+    bucket, key = split(url)
+    with explained(f"writing {url} (s3:PutObject)"):
+        aws.client("s3").put_object(Bucket=bucket, Key=key, Body=body)
+
+
+def get(aws: Aws, url: str, target: Path) -> None:
+    """Fetch one object into a file, beside and then renamed."""
+    bucket, key = split(url)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.part")
+    try:
+        with explained(f"reading {url} (s3:GetObject)"):
+            aws.client("s3").download_file(bucket, key, str(beside))
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def ensure_bucket(aws: Aws, url: str) -> None:
+    """Create the account's own default bucket where it is not there; any other one has to be."""
+    bucket, _ = split(url)
+    s3 = aws.client("s3")
+    try:
+        with explained(f"looking for the bucket {bucket} (s3:HeadBucket)"):
+            s3.head_bucket(Bucket=bucket)
+    except Exception as error:
+        if code_of(error) not in _MISSING:
+            raise
+        if bucket != aws.bucket:
+            raise UsageError(
+                f"there is no bucket {bucket}; create it, or leave output= out for {aws.bucket}"
+            ) from error
+        place = {} if aws.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": aws.region}}
+        with explained(f"creating the bucket {bucket} (s3:CreateBucket)"):
+            s3.create_bucket(Bucket=bucket, **place)
+
+
+def total(bundles: Iterable[tuple[Bundle, tuple[File, ...]]]) -> dict[str, int]:
+    """Add up what travels and what is there, as `detkit.plans.Plan.uploads` has it."""
+    counts = {"bytes": 0, "files": 0, "bytes_there": 0, "files_there": 0}
+    for bundle, missing in bundles:
+        travels = [file for file in missing if isinstance(file.source, Path)]
+        counts["bytes"] += sum(file.bytes for file in travels)
+        counts["files"] += len(travels)
+        counts["bytes_there"] += bundle.bytes - sum(file.bytes for file in travels)
+        counts["files_there"] += len(bundle.files) - len(travels)
+    return counts

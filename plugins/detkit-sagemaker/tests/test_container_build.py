@@ -1,0 +1,159 @@
+"""The folder that our image is built in, and the requests that have it built. Docker itself does not run here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import detkit_sagemaker
+from detkit.errors import UnknownName, UsageError
+from detkit_sagemaker.container.build import BuildPlan, plan
+
+SOURCE = Path(detkit_sagemaker.__file__).parents[1]
+AT = {"region": "eu-west-1", "account": "123456789012"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """This plugin's metadata, as an editable installation leaves it, where nobody installed it."""
+    folder = tmp_path_factory.mktemp("site")
+    info = folder / "detkit_sagemaker-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: detkit-sagemaker\nVersion: 0.1.0\nRequires-Dist: boto3\n"
+    )
+    (info / "entry_points.txt").write_text("[detkit]\nsagemaker = detkit_sagemaker\n")
+    (info / "direct_url.json").write_text(json.dumps({"url": SOURCE.as_uri(), "dir_info": {"editable": True}}))
+    (info / "RECORD").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(folder)])
+        yield
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, installed: None) -> BuildPlan:
+    return plan(tmp_path_factory.mktemp("build") / "context", ["echo"], **AT)
+
+
+def test_the_context_is_complete(built: BuildPlan) -> None:
+    names = sorted(path.relative_to(built.context).as_posix() for path in built.context.rglob("*") if path.is_file())
+    assert [re.sub(r"-\d.*", "", name) for name in names] == [
+        "Dockerfile", "pinned.txt", "wheels/detkit_echo", "wheels/detkit_sagemaker", "wheels/detkit_sdk",
+    ]  # fmt: skip
+    dockerfile = (built.context / "Dockerfile").read_text()
+    for source in re.findall(r"source=([\w./]+)", dockerfile):
+        assert (built.context / source).exists()
+    (entry,) = re.findall(r"^ENTRYPOINT (.*)$", dockerfile, re.MULTILINE)
+    assert json.loads(entry) == ["python", "-m", "detkit_sagemaker.container"]
+    assert "ARG BASE=python:3.11-slim-bookworm" in dockerfile
+
+
+def test_the_wheels_install_and_run_by_themselves(built: BuildPlan, tmp_path: Path) -> None:
+    wheels = sorted(map(str, (built.context / "wheels").iterdir()))
+    quiet = ["--quiet", "--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check"]
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "pip", "install", *quiet, "--target", str(site), *wheels], check=True)
+    script = (
+        "import detkit, detkit_echo, detkit_sagemaker, sys\n"
+        "print([m.__file__ for m in (detkit, detkit_echo, detkit_sagemaker)])\n"
+        "from detkit_sagemaker.container.__main__ import main; sys.exit(main(['check', 'echo']))"
+    )
+    variables = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=variables, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(str(site)) == 3
+    assert (site / "detkit_sagemaker/container/Dockerfile").is_file()
+
+
+def test_the_same_code_is_the_same_image(built: BuildPlan, tmp_path: Path) -> None:
+    again = plan(tmp_path / "again", ["echo", "echo"], **AT)
+    assert again.image_uri == built.image_uri
+    assert plan(tmp_path / "other", ["echo"], base="ubuntu:24.04", **AT).image_uri != built.image_uri
+    packed = [one.pack(tmp_path / f"{i}.zip").read_bytes() for i, one in enumerate((built, again))]
+    assert packed[0] == packed[1]
+    with zipfile.ZipFile(tmp_path / "0.zip") as archive:
+        assert archive.testzip() is None
+        assert "Dockerfile" in archive.namelist()
+
+
+def test_the_commands(built: BuildPlan) -> None:
+    uri = built.image_uri
+    assert re.fullmatch(r"123456789012\.dkr\.ecr\.eu-west-1\.amazonaws\.com/detkit:echo-[0-9a-f]{12}", uri)
+    build, repository, login, push = built.commands
+    assert build.startswith("docker build --platform linux/amd64 --provenance=false")
+    assert "--build-arg BACKENDS=echo" in build
+    assert build.endswith(f"--tag {uri} {built.context}")
+    assert "create-repository" in repository
+    assert "--password-stdin 123456789012.dkr.ecr.eu-west-1.amazonaws.com" in login
+    assert push == f"docker push {uri}"
+    assert all(line in str(built) for line in built.commands)
+
+
+def test_codebuild_is_asked_in_its_own_words(built: BuildPlan) -> None:
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    project = built.project_request(name="detkit", role="arn:aws:iam::123456789012:role/build", tags={"a": "b"})
+    start = built.start_request(name="detkit", source="s3://bucket/detkit/context.zip")
+    repository = built.create_repository_request({"a": "b"})
+    session = botocore.session.get_session()
+    for service, operation, request in (
+        ("codebuild", "CreateProject", project),
+        ("codebuild", "StartBuild", start),
+        ("ecr", "CreateRepository", repository),
+    ):
+        shape = session.get_service_model(service).operation_model(operation).input_shape
+        report = ParamValidator().validate(request, shape)
+        assert not report.has_errors(), report.generate_report()
+    assert yaml.safe_load(project["source"]["buildspec"])["version"] == 0.2
+    assert start["sourceLocationOverride"] == "bucket/detkit/context.zip"
+
+
+def test_the_buildspec_is_yaml(built: BuildPlan) -> None:
+    spec = yaml.safe_load(built.buildspec)
+    assert spec["version"] == 0.2
+    commands = {name: phase["commands"] for name, phase in spec["phases"].items()}
+    assert commands["pre_build"] == [built.login_command]
+    assert commands["build"] == [" ".join(built.build_command("."))]
+    assert commands["post_build"] == [f'test "$CODEBUILD_BUILD_SUCCEEDING" = 1 && docker push {built.image_uri}']
+
+
+def test_a_pinned_environment_is_the_image_s_own(tmp_path: Path) -> None:
+    pytest.importorskip("detkit_gluoncv")
+    built = plan(tmp_path / "gluoncv", ["gluoncv"], **AT)
+    pinned = (built.context / "pinned.txt").read_text().splitlines()
+    assert "mxnet==1.9.1" in pinned
+    assert all("==" in line for line in pinned)
+    with pytest.raises(UsageError, match="'gluoncv' needs an environment of its own, which echo cannot share"):
+        plan(tmp_path / "both", ["gluoncv", "echo"], **AT)
+    assert not (tmp_path / "both").exists()
+
+
+def test_wheels_that_are_given_are_taken(built: BuildPlan, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "detkit_echo-0.2.0-py3-none-any.whl").write_bytes(b"another one")
+    found = plan(tmp_path / "context", ["echo"], wheels=wheels, **AT)
+    assert (found.context / "wheels/detkit_echo-0.2.0-py3-none-any.whl").read_bytes() == b"another one"
+    assert not (found.context / "wheels/detkit_echo-0.1.0-py3-none-any.whl").exists()
+    assert found.digest != built.digest
+
+
+def test_what_cannot_be_built(built: BuildPlan, tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="did you mean 'echo'"):
+        plan(tmp_path / "a", ["ecko"], **AT)
+    with pytest.raises(UsageError, match="name the backends"):
+        plan(tmp_path / "a", [], **AT)
+    with pytest.raises(UsageError, match="is there already"):
+        plan(built.context, ["echo"], **AT)

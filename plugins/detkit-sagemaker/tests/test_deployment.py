@@ -1,0 +1,404 @@
+"""Endpoints in the simulated account: they answer, they end, and nothing is left of them, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import boto3
+import msgspec
+import numpy as np
+import pytest
+
+from detkit.backends import PredictOptions
+from detkit.errors import DetkitWarning, MissingSettings, Unsupported, UsageError
+from detkit.images import read_image
+from detkit_sagemaker import endpoints, resources
+from detkit_sagemaker.aws import Aws, AwsError, CredentialsExpired, QuotaExceeded
+from detkit_sagemaker.deployment import DeploymentFailed, ScheduleRefused, deploy, plan_deployment
+from detkit_sagemaker.endpoints import find_endpoint, list_endpoints, remove
+from detkit_sagemaker.invoking import EndpointDetector, ImageRefused
+from detkit_sagemaker.ledger import Ledger
+from detkit_sagemaker.options import DeployOptions
+from detkit_sagemaker.testing import Simulator
+
+if TYPE_CHECKING:
+    from conftest import Trained
+
+    from detkit.job import Model
+
+ALL = PredictOptions(score_threshold=0.1)
+
+
+@pytest.fixture
+def simulator_images() -> dict[str, list[str]]:
+    return {
+        "echo:latest": [sys.executable, "-m", "detkit_sagemaker.container"],
+        "broken:latest": [sys.executable, "-c", "import sys; sys.exit('the weights are missing')"],
+    }
+
+
+@pytest.fixture
+def account(echo_account: Simulator) -> Simulator:
+    return echo_account
+
+
+def options(account: Simulator, **more: Any) -> DeployOptions:
+    given = {"role": account.role, "image_uri": account.image("echo:latest"), "ttl": 3600, "yes": True, **more}
+    return DeployOptions(**given)
+
+
+def is_clean(account: Simulator) -> bool:
+    return account.live() == [] and Ledger.of(Aws()).pending() == []
+
+
+def wait_until(true: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.1)
+
+
+def test_an_endpoint_answers_as_the_model_does_here_and_is_gone_after_the_block(
+    account: Simulator, trained: Trained
+) -> None:
+    told: list[str] = []
+    with deploy(trained.model, options(account), tell=told.append) as endpoint:
+        assert endpoint.status == "InService"
+        assert endpoint.expires == pytest.approx(time.time() + 3600, abs=60)
+        assert endpoint.price_per_hour is not None
+        assert [operation for operation, _ in account.created if operation != "CreateBucket"][-6:] == [
+            *["CreateSchedule"] * 3, "CreateModel", "CreateEndpointConfig", "CreateEndpoint",
+        ]  # fmt: skip
+        pictures = [read_image(path) for path in trained.data.paths]
+        with endpoint.open(ALL) as detector:
+            there, files = detector.detect(pictures), list(detector.predict(trained.data.paths))
+        with trained_here(trained) as local:
+            here = local.detect(pictures)
+        for one, other, file in zip(there, here, files, strict=True):
+            assert one.names == other.names == file.names
+            assert np.allclose(one.boxes, other.boxes)
+            assert np.allclose(one.scores, other.scores)
+        assert [file.path for file in files] == list(trained.data.paths)
+        [listed] = list_endpoints(Aws())
+        assert (listed.name, listed.expires) == (endpoint.name, float(int(endpoint.expires or 0)))
+        with find_endpoint(Aws(), endpoint.name).open(PredictOptions(score_threshold=0.1, max_detections=1)) as again:
+            assert max(len(found) for found in again.detect(pictures)) == 1
+    endpoint.delete()  # a second time is no error
+    wait_until(lambda: is_clean(account))
+    assert endpoint.status == "Deleted"
+    assert any("InService" in line for line in told)
+
+
+class trained_here:
+    """The same model, opened in this process with the endpoint's floor."""
+
+    def __init__(self, trained: Trained) -> None:
+        from detkit import plugins
+
+        self.detector = plugins.backend("echo").open(trained.model, ALL)
+
+    def __enter__(self) -> Any:
+        return self.detector
+
+    def __exit__(self, *_error: object) -> None:
+        self.detector.close()
+
+
+def test_a_plan_creates_nothing_and_says_what_it_may_cost(account: Simulator, trained: Trained) -> None:
+    before = account.created
+    plan = plan_deployment(trained.model, options(account))
+    assert account.created == before
+    assert [operation for operation, _ in plan.requests] == [
+        *["CreateSchedule"] * 3, "CreateModel", "CreateEndpointConfig", "CreateEndpoint",
+    ]  # fmt: skip
+    assert plan.worst_case_cost == plan.price_per_hour
+    assert plan.uploads is not None and plan.uploads["bytes"] > 0
+
+
+def test_nothing_that_costs_is_deployed_without_a_word(account: Simulator, trained: Trained) -> None:
+    before = account.created
+    with pytest.raises(UsageError, match=r"costs money(.|\n)*max_cost=0.2\d"):
+        deploy(trained.model, options(account, yes=False))
+    with pytest.raises(UsageError, match="more than max_cost=0.1"):
+        deploy(trained.model, options(account, yes=False, max_cost=0.1))
+    with pytest.raises(UsageError, match="nobody knows what this costs at most"):
+        deploy(trained.model, options(account, yes=False, max_cost=10, ttl=None, keep=True))
+    assert account.created == before
+
+
+def test_everything_that_is_missing_is_said_at_once(
+    account: Simulator, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MissingSettings, match=r"3 setting\(s\) missing(.|\n)*role(.|\n)*ttl(.|\n)*image_uri"):
+        deploy(trained.model, DeployOptions(yes=True))
+    with pytest.raises(UsageError, match="contradict"):
+        deploy(trained.model, options(account, keep=True))
+
+
+def test_where_no_schedule_may_be_created_nothing_is_deployed(account: Simulator, trained: Trained) -> None:
+    account.faults.refuse("CreateSchedule", "AccessDeniedException", "not authorized to perform scheduler:CreateSchedule")
+    with pytest.raises(ScheduleRefused) as raised:
+        deploy(trained.model, options(account))
+    assert "scheduler:CreateSchedule" in str(raised.value)
+    assert "sagemaker:DeleteEndpoint" in str(raised.value)
+    assert "keep=True" in str(raised.value)
+    assert is_clean(account)
+    with pytest.raises(ScheduleRefused, match="nobody"):
+        deploy(trained.model, options(account), scheduler_role="nobody")
+    assert is_clean(account)
+    assert "CreateEndpoint" not in account.calls
+
+
+def test_what_is_kept_has_no_end_and_is_listed_so(account: Simulator, trained: Trained) -> None:
+    with deploy(trained.model, options(account, ttl=None, keep=True)) as endpoint:
+        assert account.live("schedule") == []
+        [listed] = list_endpoints(Aws())
+        assert (listed.name, listed.expires, endpoint.expires) == (endpoint.name, None, None)
+        assert remove(Aws(), expired=True) == []
+    wait_until(lambda: is_clean(account))
+
+
+def test_a_container_that_does_not_start_is_told_with_its_last_lines(account: Simulator, trained: Trained) -> None:
+    with pytest.raises(DeploymentFailed) as raised:
+        deploy(trained.model, options(account, image_uri=account.image("broken:latest")))
+    assert "the weights are missing" in str(raised.value)
+    assert "ping health check" in str(raised.value)
+    assert "everything was removed again" in str(raised.value)
+    wait_until(lambda: is_clean(account))
+
+
+@pytest.mark.parametrize("operation", ["CreateModel", "CreateEndpointConfig", "CreateEndpoint"])
+def test_a_refused_call_leaves_nothing(account: Simulator, trained: Trained, operation: str) -> None:
+    account.faults.refuse(operation, "ResourceLimitExceeded", "the account-level service limit is 0 instances")
+    with pytest.raises(DeploymentFailed, match="service limit is 0") as raised:
+        deploy(trained.model, options(account))
+    assert isinstance(raised.value.__cause__, QuotaExceeded)
+    assert is_clean(account)
+
+
+def test_throttling_is_waited_out(account: Simulator, trained: Trained) -> None:
+    account.faults.throttle(every=5)
+    with deploy(trained.model, options(account)) as endpoint, endpoint.open(ALL) as detector:
+        assert len(list(detector.predict(trained.data.paths))) == len(trained.data)
+    account.faults.throttle(every=0)
+    wait_until(lambda: is_clean(account))
+
+
+def test_credentials_that_expire_while_it_is_created_say_what_is_left(account: Simulator, trained: Trained) -> None:
+    account.faults.slow(1.0)
+    account.faults.crash_after("CreateEndpoint", account.faults.expire_tokens)
+    with pytest.raises(CredentialsExpired, match=r"detkit endpoints rm detkit-memory-(.|\n)*AWS deletes it at"):
+        deploy(trained.model, options(account))
+    account.faults.clear()
+    wait_until(lambda: [one.status for one in list_endpoints(Aws())] == ["InService"])
+    assert len(remove(Aws())) == 1
+    wait_until(lambda: is_clean(account))
+
+
+def test_ctrl_c_removes_what_is_just_created(
+    account: Simulator, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account.faults.slow(1.0)
+    told: list[str] = []
+
+    def interrupt(line: str) -> None:
+        told.append(line)
+        if "Creating" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        deploy(trained.model, options(account), tell=interrupt)
+    assert any("as soon as AWS allows it" in line for line in told)
+    account.faults.clear()
+    wait_until(lambda: is_clean(account))
+
+
+def test_a_serverless_endpoint_has_no_price_by_the_hour(account: Simulator, trained: Trained) -> None:
+    with deploy(trained.model, options(account, serverless=True)) as endpoint:
+        assert endpoint.price_per_hour is None
+        with endpoint.open(ALL) as detector:
+            noise = np.random.default_rng(0).integers(0, 255, (1500, 1500, 3), dtype=np.uint8)
+            with pytest.raises(UsageError, match="takes 4 MB; batch transform takes 100 MB"):
+                detector.detect([noise])
+        with pytest.raises(Unsupported, match="nms_threshold"):
+            endpoint.open(PredictOptions(nms_threshold=0.5))
+    wait_until(lambda: is_clean(account))
+
+
+def test_aws_s_own_model_answers_with_our_classes(account: Simulator, trained: Trained, aws_model: Model) -> None:
+    pictures = [read_image(path) for path in trained.data.paths]
+    with deploy(aws_model, options(account, image_uri=None)) as endpoint:
+        with find_endpoint(Aws(), endpoint.name).open(ALL) as detector:
+            there = detector.detect(pictures)
+        with trained_here(trained) as local:
+            here = local.detect(pictures)
+        for one, other in zip(there, here, strict=True):
+            assert one.names == other.names
+            assert np.allclose(one.boxes, other.boxes, atol=1e-6)
+    wait_until(lambda: is_clean(account))
+
+
+def test_an_image_that_the_container_refuses_is_named(account: Simulator, trained: Trained, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(Path(trained.data.paths[0]).read_bytes()[:-200])
+    with deploy(trained.model, options(account)) as endpoint:
+        with endpoint.open(ALL) as detector, pytest.raises(ImageRefused, match=r"broken\.jpg"):
+            list(detector.predict([broken]))
+        endpoint.delete()
+        with EndpointDetector(Aws(), endpoint.name, detector._answers) as gone, pytest.raises(AwsError, match="deleted"):
+            gone.detect([np.zeros((8, 8, 3), np.uint8)])
+
+
+def test_what_detkit_did_not_make_is_not_removed(account: Simulator, trained: Trained) -> None:
+    client = boto3.client("sagemaker")
+    with deploy(trained.model, options(account, ttl=None, keep=True)) as endpoint:
+        client.create_endpoint_config(
+            EndpointConfigName="theirs",
+            ProductionVariants=[{"VariantName": "a", "ModelName": endpoint.name, "InstanceType": "ml.m5.large"}],
+        )
+        client.create_endpoint(EndpointName="theirs", EndpointConfigName="theirs")
+        client.create_endpoint(EndpointName="detkit-theirs", EndpointConfigName="theirs")
+        for name in ("theirs", "detkit-theirs"):
+            with pytest.raises(UsageError, match="not deployed by detkit"):
+                remove(Aws(), [name])
+        assert [one.name for one in list_endpoints(Aws())] == [endpoint.name]
+        client.add_tags(
+            ResourceArn=endpoint.arn, Tags=[{"Key": "detkit:owner", "Value": "somebody-else"}]
+        )
+        with pytest.warns(DetkitWarning, match=f"{endpoint.name} .somebody-else."):
+            assert remove(Aws()) == []
+        assert remove(Aws(), [endpoint.name]) == [endpoint.name]
+        with pytest.raises(UsageError, match="no name of detkit's"):
+            remove(Aws(), ["gone"])
+        assert remove(Aws(), [endpoint.name]) == []
+
+
+def test_expired_ones_and_old_left_overs_of_other_machines_are_removed(
+    account: Simulator, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = deploy(trained.model, options(account, ttl=None, keep=True))
+    client = boto3.client("sagemaker")
+    client.create_model(
+        ModelName="detkit-left-0000",
+        PrimaryContainer={"Image": account.image("echo:latest")},
+        ExecutionRoleArn=account.role,
+        Tags=[{"Key": "detkit:owner", "Value": "somebody-else"}],
+    )
+    monkeypatch.setenv("DETKIT_LEDGER", str(tmp_path / "another-machine.jsonl"))
+    assert remove(Aws(), expired=True) == []  # neither is over
+    client.add_tags(ResourceArn=endpoint.arn, Tags=[{"Key": "detkit:expires", "Value": "2020-01-01T00:00:00Z"}])
+    assert remove(Aws(), expired=True) == [endpoint.name]
+    assert account.live("model") == ["detkit-left-0000"]  # it may just be used
+    monkeypatch.setattr(endpoints, "_SETTLED_S", 0.0)
+    assert remove(Aws(), expired=True) == ["detkit-left-0000"]
+    wait_until(lambda: account.live() == [])
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[subprocess.Popen[str]]:
+    """A process that has everything imported, and deploys in a child of its own for each line that it is given."""
+    script = """
+        import json, os, sys
+        from detkit.job import Model
+        from detkit_sagemaker import deployment, endpoints
+        from detkit_sagemaker.options import DeployOptions
+        import boto3
+        for line in sys.stdin:
+            asked = json.loads(line)
+            child = os.fork()
+            if child == 0:
+                os.environ.update(asked["environment"])
+                deployment.deploy(Model(asked["model"]), DeployOptions(**asked["options"]), tell=lambda line: None)
+                os.kill(os.getpid(), 9)
+            print(child, flush=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    """
+    lines = "\n".join(line.removeprefix("        ") for line in script.splitlines())
+    with subprocess.Popen(
+        [sys.executable, "-c", lines], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def launch(launcher: subprocess.Popen[str], account: Simulator, trained: Trained, **more: Any) -> int:
+    """Begin to deploy in a child, and return its number."""
+    assert launcher.stdin is not None and launcher.stdout is not None
+    given = msgspec.to_builtins(options(account, **more))
+    ours = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "DETKIT_"))}
+    print(
+        json.dumps({"environment": ours, "model": str(trained.model.path), "options": given}),
+        file=launcher.stdin,
+        flush=True,
+    )
+    return int(launcher.stdout.readline())
+
+
+def outcome(launcher: subprocess.Popen[str]) -> int:
+    assert launcher.stdout is not None
+    return int(launcher.stdout.readline())
+
+
+def clean_up(account: Simulator) -> None:
+    """What `detkit endpoints rm --all` does, again where an endpoint cannot be deleted yet."""
+
+    def is_done() -> bool:
+        try:
+            remove(Aws())
+        except AwsError as error:
+            assert resources.is_busy(error)
+            return False
+        return is_clean(account)
+
+    wait_until(is_done)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("operation", ["CreateSchedule", "CreateModel", "CreateEndpointConfig", "CreateEndpoint"])
+def test_a_process_killed_at_a_create_call_leaves_nothing_that_clean_up_does_not_find(
+    account: Simulator, trained: Trained, launcher: subprocess.Popen[str], operation: str, when: str
+) -> None:
+    child: queue.Queue[int] = queue.Queue()
+    getattr(account.faults, f"crash_{when}")(operation, lambda: os.kill(child.get(timeout=30), signal.SIGKILL))
+    child.put(launch(launcher, account, trained))
+    assert outcome(launcher) == -signal.SIGKILL
+    assert operation in account.calls
+    assert Ledger.of(Aws()).pending(), "it was not written down before"
+    clean_up(account)
+
+
+def test_aws_deletes_it_when_its_time_is_over_and_nobody_lives(
+    account: Simulator, trained: Trained, launcher: subprocess.Popen[str]
+) -> None:
+    launch(launcher, account, trained, ttl=8)
+    assert outcome(launcher) == -signal.SIGKILL  # it kills itself when the endpoint answers
+    assert len(account.live("endpoint")) == 1
+    assert len(account.live("schedule")) == 3
+    wait_until(lambda: account.live() == [], seconds=40)
+    assert remove(Aws(), expired=True) == []
+    assert is_clean(account)
+
+
+def test_two_with_one_model_at_once_do_not_meet(account: Simulator, trained: Trained) -> None:
+    deployed: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: deployed.append(deploy(trained.model, options(account)))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({endpoint.name for endpoint in deployed}) == 2
+    assert sorted(remove(Aws())) == sorted(endpoint.name for endpoint in deployed)
+    wait_until(lambda: is_clean(account))
