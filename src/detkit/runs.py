@@ -108,6 +108,11 @@ class Run(ABC):
         return Model(self.workspace.model)
 
     @property
+    def cost(self) -> float | None:
+        """US dollars that the run has cost, by an estimated price; None where nothing is paid, or it is not known."""
+        return None
+
+    @property
     def forgetting(self) -> Forgetting | None:
         """What the run did to the classes of the model that it started from; None where that was not measured."""
         return read_forgetting(self.path)

@@ -68,8 +68,6 @@ def aws_model(trained: Trained, tmp_path: Path) -> Model:
         image="811284229777.dkr.ecr.us-east-1.amazonaws.com/object-detection:1",
     )
     (folder / "aws.json").write_bytes(msgspec.json.encode(place))
-    manifest = msgspec.structs.replace(
-        trained.model.manifest, backend="sagemaker", engine="", model="object-detection"
-    )
+    manifest = msgspec.structs.replace(trained.model.manifest, backend="sagemaker", engine="", model="object-detection")
     (folder / "detkit.json").write_bytes(msgspec.json.encode(manifest))
     return Model(folder)

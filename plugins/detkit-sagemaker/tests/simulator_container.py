@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-BASE = Path(os.environ["SAGEMAKER_BASE_DIR"])
+BASE = Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml"))
 
 
 def train() -> None:
@@ -49,6 +49,7 @@ def train() -> None:
     print("", file=sys.stderr, flush=True)
     seen = {
         "arguments": sys.argv[1:],
+        "base": str(BASE),
         "config": config,
         "data": sorted(str(file.relative_to(BASE / "input/data")) for file in (BASE / "input/data").rglob("*.*")),
         "environment": {name: os.environ.get(name) for name in ("COLOUR", "TRAINING_JOB_NAME", "TRAINING_JOB_ARN")},

@@ -85,7 +85,7 @@ def test_boxes_that_reach_out_are_clipped_and_those_beside_the_image_are_none() 
         ("object-detection", {"prediction": [[0, 1.5, 0, 0, 1, 1]]}, "score of 1.5"),
         ("object-detection", {"prediction": [[0, 0.5, 10, 20, 110, 90]]}, "lies outside; expected shares"),
         ("object-detection", {"prediction": [[0, 0.5, 0.9, 0, 0.1, 1]]}, "inverted"),
-        ("jumpstart", {"normalized_boxes": [[0, 0, 1, 1]], "classes": [0], "scores": []}, "1 normalized_boxes, 0 scores"),
+        ("jumpstart", {"normalized_boxes": [[0, 0, 1, 1]], "classes": [0], "scores": []}, "1 normalized_boxes, 0"),
         ("jumpstart", {"normalized_boxes": [], "scores": []}, "'classes' is missing"),
         ("jumpstart", {"error": "no GPU"}, "the container says: no GPU"),
         ("detkit", {"error": "no image", "images": []}, "the container says: no image"),

@@ -8,7 +8,6 @@ import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,10 +32,10 @@ from detkit_sagemaker.testing import Simulator
 
 if TYPE_CHECKING:
     from conftest import Trained
-
     from detkit.job import Model
 
 ALL = PredictOptions(score_threshold=0.1)
+OPENED: dict[str, Aws] = {}
 
 
 @pytest.fixture
@@ -57,8 +56,16 @@ def options(account: Simulator, **more: Any) -> DeployOptions:
     return DeployOptions(**given)
 
 
+def account_of() -> Aws:
+    """Return the simulated account, opened once: reading AWS's service models takes longer than most tests."""
+    url = os.environ["AWS_ENDPOINT_URL"]
+    if url not in OPENED:
+        OPENED[url] = Aws()
+    return OPENED[url]
+
+
 def is_clean(account: Simulator) -> bool:
-    return account.live() == [] and Ledger.of(Aws()).pending() == []
+    return account.live() == [] and Ledger.of(account_of()).pending() == []
 
 
 def wait_until(true: Any, seconds: float = 30) -> None:
@@ -69,10 +76,12 @@ def wait_until(true: Any, seconds: float = 30) -> None:
 
 
 def test_an_endpoint_answers_as_the_model_does_here_and_is_gone_after_the_block(
-    account: Simulator, trained: Trained
+    account: Simulator, trained: Trained, tmp_path: Path
 ) -> None:
     told: list[str] = []
-    with deploy(trained.model, options(account), tell=told.append) as endpoint:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(Path(trained.data.paths[0]).read_bytes()[:-200])
+    with deploy(trained.model, options(account), account_of(), tell=told.append) as endpoint:
         assert endpoint.status == "InService"
         assert endpoint.expires == pytest.approx(time.time() + 3600, abs=60)
         assert endpoint.price_per_hour is not None
@@ -81,6 +90,7 @@ def test_an_endpoint_answers_as_the_model_does_here_and_is_gone_after_the_block(
         ]  # fmt: skip
         pictures = [read_image(path) for path in trained.data.paths]
         with endpoint.open(ALL) as detector:
+            form = detector._answers
             there, files = detector.detect(pictures), list(detector.predict(trained.data.paths))
         with trained_here(trained) as local:
             here = local.detect(pictures)
@@ -89,11 +99,20 @@ def test_an_endpoint_answers_as_the_model_does_here_and_is_gone_after_the_block(
             assert np.allclose(one.boxes, other.boxes)
             assert np.allclose(one.scores, other.scores)
         assert [file.path for file in files] == list(trained.data.paths)
-        [listed] = list_endpoints(Aws())
+        [listed] = list_endpoints(account_of())
         assert (listed.name, listed.expires) == (endpoint.name, float(int(endpoint.expires or 0)))
-        with find_endpoint(Aws(), endpoint.name).open(PredictOptions(score_threshold=0.1, max_detections=1)) as again:
+        with find_endpoint(account_of(), endpoint.name).open(
+            PredictOptions(score_threshold=0.1, max_detections=1)
+        ) as again:
             assert max(len(found) for found in again.detect(pictures)) == 1
+            with pytest.raises(ImageRefused, match=r"broken\.jpg"):
+                list(again.predict([broken]))
     endpoint.delete()  # a second time is no error
+    with (
+        pytest.raises(AwsError, match="was endpoint .* deleted"),
+        EndpointDetector(account_of(), endpoint.name, form) as gone,
+    ):
+        gone.detect(pictures)
     wait_until(lambda: is_clean(account))
     assert endpoint.status == "Deleted"
     assert any("InService" in line for line in told)
@@ -116,7 +135,7 @@ class trained_here:
 
 def test_a_plan_creates_nothing_and_says_what_it_may_cost(account: Simulator, trained: Trained) -> None:
     before = account.created
-    plan = plan_deployment(trained.model, options(account))
+    plan = plan_deployment(trained.model, options(account), account_of())
     assert account.created == before
     assert [operation for operation, _ in plan.requests] == [
         *["CreateSchedule"] * 3, "CreateModel", "CreateEndpointConfig", "CreateEndpoint",
@@ -128,11 +147,11 @@ def test_a_plan_creates_nothing_and_says_what_it_may_cost(account: Simulator, tr
 def test_nothing_that_costs_is_deployed_without_a_word(account: Simulator, trained: Trained) -> None:
     before = account.created
     with pytest.raises(UsageError, match=r"costs money(.|\n)*max_cost=0.2\d"):
-        deploy(trained.model, options(account, yes=False))
+        deploy(trained.model, options(account, yes=False), account_of())
     with pytest.raises(UsageError, match="more than max_cost=0.1"):
-        deploy(trained.model, options(account, yes=False, max_cost=0.1))
+        deploy(trained.model, options(account, yes=False, max_cost=0.1), account_of())
     with pytest.raises(UsageError, match="nobody knows what this costs at most"):
-        deploy(trained.model, options(account, yes=False, max_cost=10, ttl=None, keep=True))
+        deploy(trained.model, options(account, yes=False, max_cost=10, ttl=None, keep=True), account_of())
     assert account.created == before
 
 
@@ -142,35 +161,28 @@ def test_everything_that_is_missing_is_said_at_once(
     with pytest.raises(MissingSettings, match=r"3 setting\(s\) missing(.|\n)*role(.|\n)*ttl(.|\n)*image_uri"):
         deploy(trained.model, DeployOptions(yes=True))
     with pytest.raises(UsageError, match="contradict"):
-        deploy(trained.model, options(account, keep=True))
+        deploy(trained.model, options(account, keep=True), account_of())
 
 
 def test_where_no_schedule_may_be_created_nothing_is_deployed(account: Simulator, trained: Trained) -> None:
-    account.faults.refuse("CreateSchedule", "AccessDeniedException", "not authorized to perform scheduler:CreateSchedule")
+    account.faults.refuse(
+        "CreateSchedule", "AccessDeniedException", "not authorized to perform scheduler:CreateSchedule"
+    )
     with pytest.raises(ScheduleRefused) as raised:
-        deploy(trained.model, options(account))
+        deploy(trained.model, options(account), account_of())
     assert "scheduler:CreateSchedule" in str(raised.value)
     assert "sagemaker:DeleteEndpoint" in str(raised.value)
     assert "keep=True" in str(raised.value)
     assert is_clean(account)
     with pytest.raises(ScheduleRefused, match="nobody"):
-        deploy(trained.model, options(account), scheduler_role="nobody")
+        deploy(trained.model, options(account), account_of(), scheduler_role="nobody")
     assert is_clean(account)
     assert "CreateEndpoint" not in account.calls
 
 
-def test_what_is_kept_has_no_end_and_is_listed_so(account: Simulator, trained: Trained) -> None:
-    with deploy(trained.model, options(account, ttl=None, keep=True)) as endpoint:
-        assert account.live("schedule") == []
-        [listed] = list_endpoints(Aws())
-        assert (listed.name, listed.expires, endpoint.expires) == (endpoint.name, None, None)
-        assert remove(Aws(), expired=True) == []
-    wait_until(lambda: is_clean(account))
-
-
 def test_a_container_that_does_not_start_is_told_with_its_last_lines(account: Simulator, trained: Trained) -> None:
     with pytest.raises(DeploymentFailed) as raised:
-        deploy(trained.model, options(account, image_uri=account.image("broken:latest")))
+        deploy(trained.model, options(account, image_uri=account.image("broken:latest")), account_of())
     assert "the weights are missing" in str(raised.value)
     assert "ping health check" in str(raised.value)
     assert "everything was removed again" in str(raised.value)
@@ -181,27 +193,27 @@ def test_a_container_that_does_not_start_is_told_with_its_last_lines(account: Si
 def test_a_refused_call_leaves_nothing(account: Simulator, trained: Trained, operation: str) -> None:
     account.faults.refuse(operation, "ResourceLimitExceeded", "the account-level service limit is 0 instances")
     with pytest.raises(DeploymentFailed, match="service limit is 0") as raised:
-        deploy(trained.model, options(account))
+        deploy(trained.model, options(account), account_of())
     assert isinstance(raised.value.__cause__, QuotaExceeded)
     assert is_clean(account)
 
 
 def test_throttling_is_waited_out(account: Simulator, trained: Trained) -> None:
-    account.faults.throttle(every=5)
-    with deploy(trained.model, options(account)) as endpoint, endpoint.open(ALL) as detector:
+    account.faults.throttle(every=8)
+    with deploy(trained.model, options(account), account_of()) as endpoint, endpoint.open(ALL) as detector:
         assert len(list(detector.predict(trained.data.paths))) == len(trained.data)
     account.faults.throttle(every=0)
     wait_until(lambda: is_clean(account))
 
 
 def test_credentials_that_expire_while_it_is_created_say_what_is_left(account: Simulator, trained: Trained) -> None:
-    account.faults.slow(1.0)
+    account.faults.slow(0.5)
     account.faults.crash_after("CreateEndpoint", account.faults.expire_tokens)
     with pytest.raises(CredentialsExpired, match=r"detkit endpoints rm detkit-memory-(.|\n)*AWS deletes it at"):
-        deploy(trained.model, options(account))
+        deploy(trained.model, options(account), account_of())
     account.faults.clear()
-    wait_until(lambda: [one.status for one in list_endpoints(Aws())] == ["InService"])
-    assert len(remove(Aws())) == 1
+    wait_until(lambda: [one.status for one in list_endpoints(account_of())] == ["InService"])
+    assert len(remove(account_of())) == 1
     wait_until(lambda: is_clean(account))
 
 
@@ -217,14 +229,14 @@ def test_ctrl_c_removes_what_is_just_created(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        deploy(trained.model, options(account), tell=interrupt)
+        deploy(trained.model, options(account), account_of(), tell=interrupt)
     assert any("as soon as AWS allows it" in line for line in told)
     account.faults.clear()
     wait_until(lambda: is_clean(account))
 
 
 def test_a_serverless_endpoint_has_no_price_by_the_hour(account: Simulator, trained: Trained) -> None:
-    with deploy(trained.model, options(account, serverless=True)) as endpoint:
+    with deploy(trained.model, options(account, serverless=True), account_of()) as endpoint:
         assert endpoint.price_per_hour is None
         with endpoint.open(ALL) as detector:
             noise = np.random.default_rng(0).integers(0, 255, (1500, 1500, 3), dtype=np.uint8)
@@ -237,8 +249,8 @@ def test_a_serverless_endpoint_has_no_price_by_the_hour(account: Simulator, trai
 
 def test_aws_s_own_model_answers_with_our_classes(account: Simulator, trained: Trained, aws_model: Model) -> None:
     pictures = [read_image(path) for path in trained.data.paths]
-    with deploy(aws_model, options(account, image_uri=None)) as endpoint:
-        with find_endpoint(Aws(), endpoint.name).open(ALL) as detector:
+    with deploy(aws_model, options(account, image_uri=None), account_of()) as endpoint:
+        with find_endpoint(account_of(), endpoint.name).open(ALL) as detector:
             there = detector.detect(pictures)
         with trained_here(trained) as local:
             here = local.detect(pictures)
@@ -248,46 +260,19 @@ def test_aws_s_own_model_answers_with_our_classes(account: Simulator, trained: T
     wait_until(lambda: is_clean(account))
 
 
-def test_an_image_that_the_container_refuses_is_named(account: Simulator, trained: Trained, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.jpg"
-    broken.write_bytes(Path(trained.data.paths[0]).read_bytes()[:-200])
-    with deploy(trained.model, options(account)) as endpoint:
-        with endpoint.open(ALL) as detector, pytest.raises(ImageRefused, match=r"broken\.jpg"):
-            list(detector.predict([broken]))
-        endpoint.delete()
-        with EndpointDetector(Aws(), endpoint.name, detector._answers) as gone, pytest.raises(AwsError, match="deleted"):
-            gone.detect([np.zeros((8, 8, 3), np.uint8)])
-
-
-def test_what_detkit_did_not_make_is_not_removed(account: Simulator, trained: Trained) -> None:
-    client = boto3.client("sagemaker")
-    with deploy(trained.model, options(account, ttl=None, keep=True)) as endpoint:
-        client.create_endpoint_config(
-            EndpointConfigName="theirs",
-            ProductionVariants=[{"VariantName": "a", "ModelName": endpoint.name, "InstanceType": "ml.m5.large"}],
-        )
-        client.create_endpoint(EndpointName="theirs", EndpointConfigName="theirs")
-        client.create_endpoint(EndpointName="detkit-theirs", EndpointConfigName="theirs")
-        for name in ("theirs", "detkit-theirs"):
-            with pytest.raises(UsageError, match="not deployed by detkit"):
-                remove(Aws(), [name])
-        assert [one.name for one in list_endpoints(Aws())] == [endpoint.name]
-        client.add_tags(
-            ResourceArn=endpoint.arn, Tags=[{"Key": "detkit:owner", "Value": "somebody-else"}]
-        )
-        with pytest.warns(DetkitWarning, match=f"{endpoint.name} .somebody-else."):
-            assert remove(Aws()) == []
-        assert remove(Aws(), [endpoint.name]) == [endpoint.name]
-        with pytest.raises(UsageError, match="no name of detkit's"):
-            remove(Aws(), ["gone"])
-        assert remove(Aws(), [endpoint.name]) == []
-
-
-def test_expired_ones_and_old_left_overs_of_other_machines_are_removed(
+def test_only_what_is_detkit_s_and_one_s_own_or_over_is_listed_and_removed(
     account: Simulator, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endpoint = deploy(trained.model, options(account, ttl=None, keep=True))
     client = boto3.client("sagemaker")
+    endpoint = deploy(trained.model, options(account, ttl=None, keep=True), account_of())
+    assert account.live("schedule") == []
+    client.create_endpoint_config(
+        EndpointConfigName="theirs",
+        ProductionVariants=[
+            {"VariantName": "a", "ModelName": endpoint.name, "InstanceType": "ml.m5.large", "InitialInstanceCount": 1}
+        ],
+    )
+    client.create_endpoint(EndpointName="detkit-theirs", EndpointConfigName="theirs")
     client.create_model(
         ModelName="detkit-left-0000",
         PrimaryContainer={"Image": account.image("echo:latest")},
@@ -295,13 +280,23 @@ def test_expired_ones_and_old_left_overs_of_other_machines_are_removed(
         Tags=[{"Key": "detkit:owner", "Value": "somebody-else"}],
     )
     monkeypatch.setenv("DETKIT_LEDGER", str(tmp_path / "another-machine.jsonl"))
-    assert remove(Aws(), expired=True) == []  # neither is over
+    [listed] = list_endpoints(account_of())
+    assert (listed.name, listed.expires, endpoint.expires) == (endpoint.name, None, None)
+    with pytest.raises(UsageError, match="not deployed by detkit"):
+        remove(account_of(), ["detkit-theirs"])
+    with pytest.raises(UsageError, match="no name of detkit's"):
+        remove(account_of(), ["theirs"])
+    assert remove(account_of(), ["detkit-gone"]) == []
+    assert remove(account_of(), expired=True) == []  # neither is over
+    client.add_tags(ResourceArn=endpoint.arn, Tags=[{"Key": "detkit:owner", "Value": "somebody-else"}])
+    with pytest.warns(DetkitWarning, match=f"{endpoint.name} .somebody-else."):
+        assert remove(account_of()) == []
     client.add_tags(ResourceArn=endpoint.arn, Tags=[{"Key": "detkit:expires", "Value": "2020-01-01T00:00:00Z"}])
-    assert remove(Aws(), expired=True) == [endpoint.name]
+    assert remove(account_of(), expired=True) == [endpoint.name]
     assert account.live("model") == ["detkit-left-0000"]  # it may just be used
     monkeypatch.setattr(endpoints, "_SETTLED_S", 0.0)
-    assert remove(Aws(), expired=True) == ["detkit-left-0000"]
-    wait_until(lambda: account.live() == [])
+    assert remove(account_of(), expired=True) == ["detkit-left-0000"]
+    wait_until(lambda: account.live() == ["detkit-theirs", "theirs"])
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +350,7 @@ def clean_up(account: Simulator) -> None:
 
     def is_done() -> bool:
         try:
-            remove(Aws())
+            remove(account_of())
         except AwsError as error:
             assert resources.is_busy(error)
             return False
@@ -374,7 +369,7 @@ def test_a_process_killed_at_a_create_call_leaves_nothing_that_clean_up_does_not
     child.put(launch(launcher, account, trained))
     assert outcome(launcher) == -signal.SIGKILL
     assert operation in account.calls
-    assert Ledger.of(Aws()).pending(), "it was not written down before"
+    assert Ledger.of(account_of()).pending(), "it was not written down before"
     clean_up(account)
 
 
@@ -386,19 +381,5 @@ def test_aws_deletes_it_when_its_time_is_over_and_nobody_lives(
     assert len(account.live("endpoint")) == 1
     assert len(account.live("schedule")) == 3
     wait_until(lambda: account.live() == [], seconds=40)
-    assert remove(Aws(), expired=True) == []
+    assert remove(account_of(), expired=True) == []
     assert is_clean(account)
-
-
-def test_two_with_one_model_at_once_do_not_meet(account: Simulator, trained: Trained) -> None:
-    deployed: list[Any] = []
-    threads = [
-        threading.Thread(target=lambda: deployed.append(deploy(trained.model, options(account)))) for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({endpoint.name for endpoint in deployed}) == 2
-    assert sorted(remove(Aws())) == sorted(endpoint.name for endpoint in deployed)
-    wait_until(lambda: is_clean(account))

@@ -179,6 +179,6 @@ def test_the_command_prints_what_a_shell_needs(tmp_path: Path) -> None:
         identity = "import boto3; print(boto3.client('sts').get_caller_identity()['Account'])"
         asked = [sys.executable, "-c", identity]
         answer = subprocess.run(asked, env={**os.environ, **exported}, capture_output=True, check=True, text=True)
-        server.send_signal(2)
+        server.terminate()
         assert server.wait(timeout=20) == 0
     assert answer.stdout.strip() == "123456789012"

@@ -349,6 +349,25 @@ def test_the_hub_has_the_models_that_can_be_trained(simulator: Simulator, sagema
         assert refusal(sagemaker.describe_hub_content, **asked)[0] == "ResourceNotFound"
 
 
+@pytest.mark.parametrize("image", ["object-detection:1", "mxnet-training:1.9.0-gpu-py38"])
+def test_images_of_aws_have_stand_ins(simulator: Simulator, sagemaker: Any, image: str) -> None:
+    sagemaker.create_training_job(
+        TrainingJobName="stand-in",
+        AlgorithmSpecification={
+            "TrainingImage": f"763104351884.dkr.ecr.eu-west-1.amazonaws.com/{image}",
+            "TrainingInputMode": "File",
+        },
+        RoleArn=simulator.role,
+        HyperParameters={"num_classes": "no number"},
+        OutputDataConfig={"S3OutputPath": f"s3://{simulator.bucket}/jobs"},
+        ResourceConfig={"InstanceType": "ml.g4dn.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 10},
+        StoppingCondition={"MaxRuntimeInSeconds": 60},
+    )
+    simulator.wait()
+    reason = sagemaker.describe_training_job(TrainingJobName="stand-in")["FailureReason"]
+    assert reason.startswith("ClientError: "), "the stand-in ran, and wants data"
+
+
 def test_a_dead_container_is_a_model_error(simulator: Simulator, sagemaker: Any) -> None:
     create_model(simulator, sagemaker)
     create_endpoint(sagemaker)

@@ -18,6 +18,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError, EndpointConnectionError
 
 from detkit_sagemaker.testing import Simulator
+from detkit_sagemaker.testing.containers import can_mount
 
 CONTAINER = [sys.executable, str(Path(__file__).with_name("simulator_container.py"))]
 Json = dict[str, Any]
@@ -226,6 +227,31 @@ def test_the_time_limit_kills_what_does_not_stop(tmp_path: Path, monkeypatch: py
     assert not any(is_running(int(pid)) for pid in pids), "closing the simulator ends every process"
     with pytest.raises(EndpointConnectionError):
         boto3.client("sts", config=Config(retries={"total_max_attempts": 1})).get_caller_identity()
+
+
+def test_containers_may_have_a_real_opt_ml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulator = Simulator(images={"mine:1": CONTAINER}, folder=tmp_path, opt_ml=True)
+    if not can_mount():
+        with pytest.raises(RuntimeError, match="user namespaces"):
+            simulator.__enter__()
+        return
+    with simulator:
+        for name, value in simulator.environment.items():
+            monkeypatch.setenv(name, value)
+        sagemaker = boto3.client("sagemaker")
+        sagemaker.create_training_job(**request(simulator, InputDataConfig=None))
+        assert finished(sagemaker)["TrainingJobStatus"] == "Completed"
+        files = archive(boto3.client("s3"), simulator.bucket, "jobs/job/output/model.tar.gz")
+        assert json.loads(files["algo-1.json"])["base"] == "/opt/ml"
+        sagemaker.create_training_job(
+            **request(simulator, "waiting", InputDataConfig=None, HyperParameters={"do": "wait"})
+        )
+        until(lambda: "waiting" in log_lines("waiting"))
+        sagemaker.stop_training_job(TrainingJobName="waiting")
+        finished(sagemaker, "waiting")
+        files = archive(boto3.client("s3"), simulator.bucket, "jobs/waiting/output/model.tar.gz")
+        assert files == {"stopped": b"at the signal"}, "the signal arrives"
+    assert not Path("/opt/ml").exists()
 
 
 def test_spot_jobs_go_on_from_their_checkpoints(simulator: Simulator, sagemaker: Any, s3: Any) -> None:

@@ -98,8 +98,9 @@ def test_a_search_runs_training_jobs_and_finds_the_best(simulator: Simulator, sa
     assert child["HyperParameters"]["_tuning_objective_metric"] == "score"
     assert child["HyperParameters"]["epochs"] == "3" and child["Environment"] == {"COLOUR": "red"}
     assert sagemaker.list_tags(ResourceArn=child["TrainingJobArn"])["Tags"] == request(simulator)["Tags"]
-    starts = sorted((one["TrainingStartTime"], one["TrainingEndTime"]) for one in found)
-    assert all(third[0] >= first[1] for first, third in zip(starts, starts[2:], strict=False)), "two at once, no more"
+    times = [(one["TrainingStartTime"], one["TrainingEndTime"]) for one in found]
+    at_once = [sum(start <= moment < end for start, end in times) for moment, _ in times]
+    assert max(at_once) <= 2, "as many as allowed"
     assert simulator.live() == []
     listed = sagemaker.list_hyper_parameter_tuning_jobs()["HyperParameterTuningJobSummaries"]
     assert [one["HyperParameterTuningJobName"] for one in listed] == ["search"]

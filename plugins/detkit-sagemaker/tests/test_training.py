@@ -16,6 +16,7 @@ import pytest
 import detkit
 from detkit import Dataset, Trainer, open_run
 from detkit.errors import MissingSettings, RunFailed, Unsupported, UsageError
+from detkit.runs import Run
 from detkit.testing import tiny_dataset
 from detkit_sagemaker.aws import Aws, NoCapacity, QuotaExceeded
 from detkit_sagemaker.backend import SagemakerBackend
@@ -53,6 +54,10 @@ def trainer(aws: Simulator, model: str = "echo/memory", **settings: object) -> T
     return Trainer(backend="sagemaker", model=model, role=aws.role, **settings)  # type: ignore[arg-type]
 
 
+def losses(run: Run) -> list[float]:
+    return [row["train/loss"] for row in run.history if "train/loss" in row]
+
+
 def test_our_container_is_trained_and_opened_here(simulator: Simulator, data: Dataset) -> None:
     run = trainer(simulator, max_cost=5).fit(data, data, name="first")
     assert run.status == "finished"
@@ -60,9 +65,7 @@ def test_our_container_is_trained_and_opened_here(simulator: Simulator, data: Da
     assert run.model.classes == data.classes
     assert detkit.evaluate(run, data, allow_seen=True)["AP50"] > 0.85
     local = Trainer(model="echo/memory").fit(data, data, name="local")
-    assert [row["train/loss"] for row in run.history if "train/loss" in row] == [
-        row["train/loss"] for row in local.history if "train/loss" in row
-    ]
+    assert losses(run) == losses(local)
     assert open_run("first").status == "finished"
     assert not simulator.live()
 
@@ -234,3 +237,25 @@ def test_aws_needs_a_region(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     with pytest.raises(UsageError, match="AWS_REGION"):
         Aws()
+
+
+def test_data_in_s3_stays_there(simulator: Simulator, data: Dataset) -> None:
+    """No image travels: our container is told where they lie, and trains as on those of this machine."""
+    place = f"s3://{simulator.bucket}/shelves"
+    detkit.write_dataset(data, place)
+    plan = trainer(simulator).plan(place, place)
+    assert plan.uploads is not None
+    images = sum(Path(path).stat().st_size for path in data.paths)
+    assert plan.uploads["bytes"] < images / 4
+    kinds = {
+        c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3DataType"] for c in plan.requests[0][1]["InputDataConfig"]
+    }
+    assert kinds["train-images"] == "ManifestFile"
+    run = trainer(simulator, yes=True).fit(place, place, name="remote")
+    local = Trainer(model="echo/memory").fit(data, data, name="local")
+    assert losses(run) == losses(local)
+
+
+def test_several_machines_are_refused(simulator: Simulator, data: Dataset) -> None:
+    with pytest.raises(Unsupported, match="instance_count=2"):
+        trainer(simulator, instance_count=2).plan(data, data)

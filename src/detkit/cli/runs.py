@@ -34,6 +34,8 @@ def describe(run: "Run") -> dict[str, Any]:
         "metrics": run.metrics,
         "classes": run.job.classes,
     }
+    if run.cost is not None:
+        record["cost"] = run.cost
     if status == "finished":
         manifest = run.model.manifest
         record |= {"seconds": manifest.seconds, "score_threshold": manifest.score_threshold}
@@ -55,6 +57,8 @@ def print_summary(run: "Run") -> None:
         numbers = {n: v for n, v in manifest.metrics.items() if n in {f"{channel}/AP", f"{channel}/AP50"}}
         if numbers:
             print(f"{channel:<5}  " + "  ".join(f"{n} {v:.3f}" for n, v in numbers.items()) + f"  (images {images})")
+    if run.cost is not None:
+        print(f"cost   {run.cost:.2f} USD, an estimate")
     if run.forgetting is not None:
         print(run.forgetting)
     print(f"next:  detkit evaluate {place}" + ("" if "test" in manifest.data else " DATA"))

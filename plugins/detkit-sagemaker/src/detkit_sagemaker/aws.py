@@ -115,11 +115,16 @@ def explained(doing: str) -> Iterator[None]:
     ``doing`` names the call, e.g. ``"starting training job x (sagemaker:CreateTrainingJob)"``.
     """
     import botocore.exceptions as boto
+    from boto3.exceptions import Boto3Error
 
     try:
         yield
     except boto.ClientError as error:
         raise _explain(doing, error) from error
+    except Boto3Error as error:  # of moving files, which hides what AWS said
+        if isinstance(error.__context__, boto.ClientError):
+            raise _explain(doing, error.__context__) from error
+        raise AwsError(f"{doing}: {error}") from error
     except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
         raise AccessDenied(
             f"{doing}: there are no AWS credentials; set AWS_PROFILE, or type `aws configure` or `aws sso login`"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ import msgspec
 
 from detkit import catalog, plugins, trust
 from detkit.backends import Backend, Detector, Endpoint, PredictOptions, Suggestion
-from detkit.errors import MissingSettings, Unsupported
-from detkit.files import write_json
+from detkit.errors import MissingSettings, Unsupported, UsageError
+from detkit.files import lock_file, write_json
 from detkit.job import Job, Model, Workspace
 from detkit.params import Options, Params, set_fields
 from detkit.plans import Plan
@@ -24,7 +25,7 @@ from detkit_sagemaker.options import DeployOptions, SagemakerOptions
 if TYPE_CHECKING:
     from detkit.data import Dataset
     from detkit_sagemaker.aws import Aws
-    from detkit_sagemaker.runs import SagemakerRun
+    from detkit_sagemaker.runs import RemoteJob, SagemakerRun
     from detkit_sagemaker.submission import Submission
 
 _ANSWERS_ELSEWHERE = """\
@@ -120,13 +121,12 @@ class SagemakerBackend(Backend):
 
     def _submit(self, job: Job, workspace: Workspace, *, earlier: Sequence[str] = ()) -> SagemakerRun:
         from detkit_sagemaker import recovery, submission, uploads
-        from detkit_sagemaker.aws import explained
         from detkit_sagemaker.ledger import Ledger
-        from detkit_sagemaker.runs import RECORD, RemoteJob, SagemakerRun
+        from detkit_sagemaker.runs import RemoteJob, SagemakerRun
         from detkit_sagemaker.spending import approve
 
         aws = self._aws(job)
-        with tempfile.TemporaryDirectory(prefix="detkit-sagemaker-") as folder:
+        with tempfile.TemporaryDirectory(prefix="detkit-sagemaker-") as folder, _alone(workspace):
             ready = submission.prepare(
                 aws, workspace, job, Path(folder), checkpoints_of=earlier[0] if earlier else None
             )
@@ -134,29 +134,29 @@ class SagemakerBackend(Backend):
             approve(plan, ready.options)
             for line in plan.summary().splitlines():
                 workspace.log("log", {"message": line})
+            remote = RemoteJob(
+                name=ready.name,
+                region=aws.region,
+                account=aws.account,
+                kind=ready.kind,
+                request=ready.request,
+                created=time.time(),
+                metrics=dict(ready.metrics),
+                hosting=dict(ready.hosting),
+                price_per_hour=ready.estimate.price_per_hour,
+                earlier=list(earlier),
+            )
+            # What is begun is written down first, so that no crash makes a run or a job that nobody knows of.
+            _note(workspace, remote)
+            _put_aside(workspace.failure_file)
             uploads.ensure_bucket(aws, ready.root)
             for bundle in (bundle for one in ready.staged for bundle in one.bundles):
                 bundle.upload(aws, ready.root)
-        remote = RemoteJob(
-            name=ready.name,
-            region=aws.region,
-            account=aws.account,
-            kind=ready.kind,
-            request=ready.request,
-            created=time.time(),
-            metrics=dict(ready.metrics),
-            hosting=dict(ready.hosting),
-            price_per_hour=ready.estimate.price_per_hour,
-            earlier=list(earlier),
-        )
-        # What is begun is written down first, so that no crash makes a job that nobody knows of.
-        Ledger.of(aws).creating("training-job", ready.name)
-        write_json(workspace.path / RECORD, remote)
-        write_json(workspace.run_file, RunRecord(backend=self.name, model=job.model, created=remote.created))
-        recovery.keep(aws, ready.root, workspace, ready.name)
-        with explained(f"starting training job {ready.name} (sagemaker:CreateTrainingJob)"):
-            aws.client("sagemaker").create_training_job(**ready.request)
-        workspace.log("log", {"message": f"training job {ready.name} in {aws.region}"})
+            Ledger.of(aws).creating("training-job", ready.name)
+            _note(workspace, msgspec.structs.replace(remote, created=time.time()))
+            recovery.keep(aws, ready.root, workspace, ready.name)
+            workspace.log("log", {"message": f"training job {ready.name} in {aws.region}"})
+            _create(aws, ready.request)
         return SagemakerRun(workspace, aws=aws, restart=self._again)
 
     def open(self, model: Model, options: PredictOptions, *, isolate: bool = False) -> Detector:
@@ -203,3 +203,59 @@ def _plan(aws: Aws, ready: Submission) -> Plan:
         price_source=ready.estimate.source,
         concerns=tuple(ready.look_at_account(aws)),
     )
+
+
+@contextlib.contextmanager
+def _alone(workspace: Workspace) -> Iterator[None]:
+    """Hold a run while its job is prepared, so that nobody else asks AWS for it before it is there."""
+    try:
+        held = lock_file(workspace.lock)
+    except BlockingIOError:
+        raise UsageError(f"another process is just starting or following {workspace.path}; wait for it") from None
+    with held or contextlib.nullcontext():
+        yield
+
+
+def _note(workspace: Workspace, remote: RemoteJob) -> None:
+    """Write down what the run is and which job is to fill it in."""
+    from detkit_sagemaker.runs import RECORD
+
+    write_json(workspace.path / RECORD, remote)
+    record = RunRecord(backend=BACKEND, model=workspace.job().model, created=remote.created)
+    write_json(workspace.run_file, record)
+
+
+def _put_aside(failure: Path) -> None:
+    """Keep what was said of an earlier job under another name, now that a new one is begun."""
+    if failure.is_file():
+        failure.rename(failure.with_name(f"failure.{1 + len(list(failure.parent.glob('failure.*')))}"))
+
+
+def _create(aws: Aws, request: Mapping[str, Any]) -> None:
+    """Create a training job; one that was created although its answer got lost is as good. Ctrl-C stops it again."""
+    from detkit_sagemaker import resources
+    from detkit_sagemaker.aws import AwsError, explained
+
+    name, client = request["TrainingJobName"], aws.client("sagemaker")
+    try:
+        with explained(f"starting training job {name} (sagemaker:CreateTrainingJob)"):
+            client.create_training_job(**request)
+    except AwsError as error:
+        if error.code not in {"", "ResourceInUse"}:
+            raise
+        try:
+            with explained(f"asking for training job {name} (sagemaker:DescribeTrainingJob)"):
+                found = client.describe_training_job(TrainingJobName=name)
+        except AwsError as unknown:
+            if resources.is_missing(unknown):
+                raise error from None
+            raise AwsError(
+                f"{error}. it may run all the same: `detkit runs attach {name} --backend {BACKEND}` would follow it",
+                error.code,
+            ) from unknown
+        if found.get("InputDataConfig") != request["InputDataConfig"]:
+            raise  # somebody else's, of the same name
+    except KeyboardInterrupt:
+        with contextlib.suppress(AwsError), explained(f"stopping training job {name} (sagemaker:StopTrainingJob)"):
+            client.stop_training_job(TrainingJobName=name)
+        raise

@@ -70,7 +70,9 @@ def build_there(aws: Aws, plan: BuildPlan, root: str, tell: Tell, role: str | No
     client = aws.client("codebuild")
     try:
         with explained(f"creating project {PROJECT} (codebuild:CreateProject)"):
-            client.create_project(**plan.project_request(name=PROJECT, role=role, tags=_TAGS))
+            project = plan.project_request(name=PROJECT, role=role, tags=_TAGS)
+            where = {"type": "S3", "location": source.removeprefix("s3://"), "buildspec": plan.buildspec}
+            client.create_project(**{**project, "source": where})
     except AwsError as error:
         if error.code != "ResourceAlreadyExistsException":
             raise
@@ -115,16 +117,16 @@ def _ensure_repository(aws: Aws, plan: BuildPlan) -> None:
 def _run(command: list[str], tell: Tell, given: str | None = None) -> None:
     """Run a command, its output passed on line by line."""
     tell(f"$ {shlex.join(command)}")
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    assert process.stdin is not None and process.stdout is not None  # they are pipes
-    process.stdin.write(given or "")
-    process.stdin.close()
     lines = []
-    for line in process.stdout:
-        lines.append(line.rstrip())
-        tell(lines[-1])
-    if process.wait():
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None  # they are pipes
+        process.stdin.write(given or "")
+        process.stdin.close()
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            tell(lines[-1])
+    if process.returncode:
         log = "\n".join(lines[-_SHOWN_LINES:])
         raise RunFailed(f"{shlex.join(command)} ended with exit code {process.returncode}", log)

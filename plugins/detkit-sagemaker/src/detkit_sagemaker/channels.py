@@ -16,8 +16,10 @@ from detkit.errors import DetkitWarning, UsageError
 from detkit.files import write_json
 from detkit.io import write_dataset
 from detkit.job import Job, Workspace
+from detkit_sagemaker import uploads
+from detkit_sagemaker.container.training import IMAGES, LINKS
 from detkit_sagemaker.requests import Channel
-from detkit_sagemaker.uploads import Bundle
+from detkit_sagemaker.uploads import Bundle, File
 
 DataFormat = Literal["recordio", "json", "manifest"]
 
@@ -28,6 +30,7 @@ _IMAGE_TYPE = "application/x-image"
 _RECORDIO = "application/x-recordio"
 _LABEL = "bounding-box"
 _LINES = "output.manifest"
+_NAMED = "images.manifest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class Staged:
     """Where the channel is one file of the bundle and not its folder."""
     images: Bundle | None = None
     """What that file names and does not lie in S3 yet."""
+    data_type: Literal["S3Prefix", "ManifestFile", "AugmentedManifestFile"] = "S3Prefix"
     attribute_names: tuple[str, ...] = ()
     """Of an augmented manifest."""
 
@@ -63,22 +67,41 @@ class Staged:
                 record_wrapper="RecordIO",
                 attribute_names=self.attribute_names,
             )
-        return Channel(name=self.name, s3_uri=at, content_type=self.content_type)
+        return Channel(name=self.name, s3_uri=at, content_type=self.content_type, data_type=self.data_type)
 
 
 def for_our_container(workspace: Workspace, job: Job, folder: Path) -> list[Staged]:
-    """Return a run's channels as they lie; ``job`` is what the container's worker is to do."""
+    """Return a run's channels as they lie; ``job`` is what the container's worker is to do.
+
+    Images that were read from S3 stay where they are: a channel of its own names them.
+    """
     write_json(folder / "job" / "job.json", job)
     staged = [Staged(name="job", bundle=Bundle.of(folder / "job"))]
     for channel in sorted(path for path in (workspace.path / "input/data").iterdir() if path.is_dir()):
         if channel.name == "job" or channel.name in _LOCAL_ONLY:
             continue
-        bundle = Bundle.of(
-            channel, digests=_digests(workspace, channel.name), origins=_origins(workspace, channel.name)
-        )
-        if bundle.files:
-            staged.append(Staged(name=channel.name, bundle=bundle))
+        there = _origins(workspace, channel.name)
+        files = Bundle.of(channel, digests=_digests(workspace, channel.name), origins=there).files
+        here = tuple(file for file in files if file.name not in there)
+        if there and len({uploads.split(url)[0] for url in there.values()}) == 1:
+            images, links = _left_in_s3(channel.name, there, folder)
+            staged += [images, Staged(name=channel.name, bundle=Bundle((*here, links)))]
+        elif files:
+            staged.append(Staged(name=channel.name, bundle=Bundle(files)))
     return staged
+
+
+def _left_in_s3(name: str, there: Mapping[str, str], folder: Path) -> tuple[Staged, File]:
+    """Return a channel that names images where they lie, and the file that says what each is to a run."""
+    bucket = uploads.split(next(iter(there.values())))[0]
+    keys = {image: uploads.split(url)[1] for image, url in there.items()}
+    target = folder / f"{name}{IMAGES}"
+    write_json(target / _NAMED, [{"prefix": f"s3://{bucket}/"}, *sorted(set(keys.values()))])
+    write_json(target / LINKS, keys)
+    images, links = Bundle.of(target).files
+    if images.name != _NAMED:
+        images, links = links, images
+    return Staged(name=target.name, bundle=Bundle((images,)), file=_NAMED, data_type="ManifestFile"), links
 
 
 def for_builtin(

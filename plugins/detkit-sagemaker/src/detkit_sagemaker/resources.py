@@ -27,7 +27,7 @@ OWNER, EXPIRES = "detkit:owner", "detkit:expires"
 NEVER = "never"
 
 _LOG_LINES = 20
-_FIRST_WAIT_S, _LONGEST_WAIT_S, _LONGER = 0.2, 30.0, 1.5
+_FIRST_WAIT_S, _LONGEST_WAIT_S, _SHARE = 0.2, 30.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,11 @@ def from_iso(text: str) -> float | None:
 
 
 def waits() -> Iterator[None]:
-    """Sleep between looks, longer each time: a real account takes minutes, a simulator no time."""
-    pause = _FIRST_WAIT_S
+    """Sleep between looks, longer with time: a real account takes minutes, a simulator no time."""
+    began = time.monotonic()
     while True:
-        time.sleep(pause)
+        time.sleep(min(max((time.monotonic() - began) * _SHARE, _FIRST_WAIT_S), _LONGEST_WAIT_S))
         yield
-        pause = min(pause * _LONGER, _LONGEST_WAIT_S)
 
 
 def last_lines(aws: Aws, group: str, prefix: str) -> str:

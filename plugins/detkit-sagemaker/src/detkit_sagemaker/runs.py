@@ -19,6 +19,7 @@ from detkit_sagemaker import logs
 from detkit_sagemaker.artifacts import Place, fetch_ours, fetch_theirs
 from detkit_sagemaker.aws import Aws, AwsError, CredentialsExpired, code_of, explained
 from detkit_sagemaker.builtin import FOREIGN, read_line
+from detkit_sagemaker.ledger import Ledger
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +30,9 @@ _SHORTEST_S, _LONGEST_S, _SHARE = 0.3, 20.0, 0.05
 """AWS is asked again after a twentieth of the job's age, within these bounds."""
 _SILENCE_S = 30.0
 """After so long without a line a job is said to be silent."""
+_SETTLED_S = 10.0
+"""A job that AWS does not know so long after it was to be created never was."""
+_GONE_S = 3600.0
 _TAIL = 50
 _ENDED = {"Completed", "Failed", "Stopped"}
 _UNKNOWN = {"ValidationException", "ResourceNotFound"}
@@ -148,9 +152,10 @@ class SagemakerRun(Run):
         Asks no more often than makes sense, unless ``at_once``, and nothing once all is here. Raises `AwsError`.
         """
         remote = self.remote
-        if remote.fetched or remote.status == "Missing":
+        age = time.time() - remote.created
+        if remote.fetched or (remote.status == "Missing" and age > _GONE_S):
             return
-        wait = min(max((time.time() - remote.created) * _SHARE, _SHORTEST_S), _LONGEST_S)
+        wait = min(max(age * _SHARE, _SHORTEST_S), _LONGEST_S)
         if not at_once and time.monotonic() - self._asked < wait:
             return
         self._asked = time.monotonic()
@@ -172,7 +177,9 @@ class SagemakerRun(Run):
                     raise
                 answer = None
         if answer is None:
-            # It was written down, and the call that creates it was never made, or refused.
+            # It was written down; the call that creates it was never made, or refused, or AWS does not tell yet.
+            if time.time() - remote.created < _SETTLED_S:
+                return remote
             return self._keep(msgspec.structs.replace(remote, status="Missing"))
         changes = answer.get("SecondaryStatusTransitions", [])
         for change in changes[remote.told :]:
@@ -231,12 +238,16 @@ class SagemakerRun(Run):
             self.workspace.fail(str(error))
         if remote.status == "Failed":
             reason = answer.get("FailureReason") or "SageMaker gives no reason"
-            self.workspace.fail(f"training job {remote.name} failed: {reason}\nlog: {self._console(remote)}")
+            again = ""
+            if remote.kind == "ours" and not reason.startswith("AlgorithmError"):
+                again = f"\nthat was the platform; `detkit train --resume {self.path}` tries it again"
+            self.workspace.fail(f"training job {remote.name} failed: {reason}\nlog: {self._console(remote)}{again}")
         if remote.status == "Stopped":
             seconds = remote.request["StoppingCondition"]["MaxRuntimeInSeconds"]
             if answer.get("SecondaryStatus", "").startswith("MaxRuntime"):
                 self.workspace.log("log", {"message": f"SageMaker ended it after max_runtime, {seconds} s"})
         self._keep(msgspec.structs.replace(remote, fetched=True))
+        Ledger.of(self.aws).gone("training-job", remote.name)
         self.workspace.log("state", {"state": state})
 
     def _fetch(self, remote: RemoteJob, answer: Mapping[str, Any]) -> None:
@@ -280,7 +291,9 @@ class SagemakerRun(Run):
             raise RunFailed(self.workspace.failure_file.read_text(), self.log_tail())
         if status == "interrupted":
             raise RunFailed(
-                f"training job {self.remote.name} is not known to AWS: it was never created, or is long gone", ""
+                f"training job {self.remote.name} is not known to AWS: it was never created, or is long gone; "
+                f"`detkit train --resume {self.path}` starts it again",
+                "",
             )
         return self
 
@@ -317,7 +330,4 @@ class SagemakerRun(Run):
         if options:
             job = self.job
             write_json(self.workspace.job_file, msgspec.structs.replace(job, options={**job.options, **options}))
-        failure = self.workspace.failure_file
-        if failure.is_file():
-            failure.rename(failure.with_name(f"failure.{1 + len(list(failure.parent.glob('failure.*')))}"))
         return self._restart(self)

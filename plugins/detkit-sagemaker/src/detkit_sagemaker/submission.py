@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from detkit import plugins
-from detkit.errors import MissingSettings, UsageError
+from detkit.errors import MissingSettings, Unsupported, UsageError
 from detkit.events import pattern
 from detkit.job import Job, Model, Workspace
 from detkit.plans import Concern
@@ -147,6 +147,11 @@ def _ours(given: _Common) -> Submission:
     if given.options.image_uri is None:
         raise MissingSettings(
             [("image_uri", "our container in your ECR, which `detkit sagemaker build-image` makes and names")]
+        )
+    if given.options.instance_count > 1:
+        raise Unsupported(
+            f"instance_count={given.options.instance_count}: the engines of detkit train on one machine; give "
+            "instance_count=1, and a larger instance_type where one is too slow"
         )
     job = msgspec.structs.replace(
         given.job,

@@ -16,7 +16,7 @@ import msgspec
 
 from detkit import plugins, worker
 from detkit.errors import DetkitError, InvalidData, StorageError, Unsupported, UsageError
-from detkit.files import atomic_write
+from detkit.files import atomic_write, inside, place
 from detkit.job import Job, Manifest, Trained, Workspace
 from detkit.params import set_fields
 from detkit.usercode import UserCode
@@ -25,6 +25,10 @@ from detkit_sagemaker.container.archives import unpack
 
 REASON_LENGTH = 1024
 """So many characters of ``output/failure`` become the job's ``FailureReason``."""
+
+IMAGES, LINKS = "-images", "links.json"
+"""Images that stay where they lie in S3 come in a channel of their own, ``train-images``; ``links.json`` in ``train``
+says for each file of that channel which one of the other it is."""
 
 CODE = "code"
 """Folder of a model that holds the modules of the user's own, where it takes some."""
@@ -91,6 +95,7 @@ def train(base: Path) -> int:
             folder.mkdir(parents=True, exist_ok=True)
         refuse_several_hosts(workspace)
         unpack_parent(workspace)
+        link_images(workspace)
         _tell_other_versions(workspace, workspace.job())
     except Exception as error:
         known = isinstance(error, DetkitError)
@@ -134,6 +139,18 @@ def unpack_parent(workspace: Container) -> None:
             f"{archives[0].name} in channel 'model' has no detkit.json, so no engine of detkit trained it; start from "
             "a model of the same kind"
         )
+
+
+def link_images(workspace: Container) -> None:
+    """Make images appear in their channels that came in channels of their own. Raises `InvalidData` for odd names."""
+    for file in sorted(workspace.path.glob(f"input/data/*/{LINKS}")):
+        folder, images = file.parent, file.parent.with_name(file.parent.name + IMAGES)
+        links: dict[str, str] = json.loads(file.read_bytes())
+        for name, key in links.items():
+            source = images / inside(key)
+            if not source.is_file():
+                raise InvalidData(f"{source}: channel {images.name!r} does not hold what {file} names")
+            place(source, folder / inside(name))
 
 
 def _tell_other_versions(workspace: Container, job: Job) -> None:

@@ -22,7 +22,7 @@ TICK = 0.05
 """Seconds between two looks at what runs."""
 
 INTERNAL_KEY = "SIMULATOR"
-"""The access key of the simulator's own calls: no fault meets them."""
+"""The access key of the calls that are not the user's: no fault meets them."""
 
 log = logging.getLogger("detkit.sagemaker.simulator")
 
@@ -33,7 +33,15 @@ class Account:
     number = "123456789012"
 
     def __init__(
-        self, region: str, folder: Path, images: Images, faults: Faults, *, environment: dict[str, str], grace: float
+        self,
+        region: str,
+        folder: Path,
+        images: Images,
+        faults: Faults,
+        *,
+        environment: dict[str, str],
+        grace: float,
+        mounted: bool,
     ) -> None:
         self.region = region
         self.folder = folder
@@ -41,7 +49,9 @@ class Account:
         self.faults = faults
         self.quotas = Quotas(self)
         self.environment = environment
-        """What a process needs to reach this account."""
+        """What a client needs to reach this account."""
+        self.mounted = mounted
+        """Whether containers have an ``/opt/ml``."""
         self.grace = grace
         """Seconds between SIGTERM and SIGKILL for a container that is stopped."""
         self.closing = threading.Event()
@@ -71,6 +81,11 @@ class Account:
                     ),
                 )
             return self._clients[service]
+
+    @property
+    def container_environment(self) -> dict[str, str]:
+        """What a container needs to reach this account, with credentials of its own, which do not expire."""
+        return {**self.environment, "AWS_ACCESS_KEY_ID": INTERNAL_KEY}
 
     @functools.cached_property
     def storage(self) -> Storage:

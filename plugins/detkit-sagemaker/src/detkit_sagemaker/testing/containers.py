@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,19 @@ _STRIPPED = ("AWS_", "SM_", "SAGEMAKER_", "DETKIT_", "TRAINING_JOB_")
 
 _LONGEST_LINE = 250_000
 """Bytes that fit into one event of CloudWatch Logs (256 KiB)."""
+
+
+_MOUNT = 'mount -t tmpfs none /opt && mkdir /opt/ml && mount --bind "$0" /opt/ml && cd /opt/ml && exec "$@"'
+"""Gives a process an ``/opt/ml`` of its own, and nothing else in ``/opt``. Needs user namespaces, thus Linux."""
+
+
+def can_mount() -> bool:
+    """Whether processes can have an ``/opt/ml`` of their own on this machine."""
+    if shutil.which("unshare") is None or Path(sys.executable).resolve().is_relative_to("/opt"):
+        return False
+    with tempfile.TemporaryDirectory() as base:
+        probe = ["unshare", "-Urm", "sh", "-c", _MOUNT, base, "true"]
+        return subprocess.run(probe, check=False, capture_output=True).returncode == 0
 
 
 class Images:
@@ -53,7 +67,7 @@ class LogStream:
     def __init__(self, logs: Any, group: str, stream: str) -> None:
         self._logs, self._group, self._stream = logs, group, stream
         self._events: list[dict[str, Any]] = []
-        self._lock = threading.Lock()
+        self._lock, self._sending = threading.Lock(), threading.Lock()
         for create, arguments in (
             (logs.create_log_group, {"logGroupName": group}),
             (logs.create_log_stream, {"logGroupName": group, "logStreamName": stream}),
@@ -68,8 +82,9 @@ class LogStream:
 
     def flush(self) -> None:
         """Send what was written."""
-        with self._lock:
-            events, self._events = self._events, []
+        with self._sending:  # in order, and without holding up who writes
+            with self._lock:
+                events, self._events = self._events, []
             for start in range(0, len(events), 500):
                 self._logs.put_log_events(
                     logGroupName=self._group, logStreamName=self._stream, logEvents=events[start : start + 500]
@@ -80,13 +95,27 @@ class Container:
     """One process of an image, with all that it starts."""
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], folder: Path, on_line: Callable[[str], None]
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        base: Path,
+        on_line: Callable[[str], None],
+        mounted: bool = False,
     ) -> None:
-        """Start it. What it prints comes to ``on_line``, line by line. Raises `OSError` where it cannot start."""
+        """Start it. What it prints comes to ``on_line``, line by line. Raises `OSError` where it cannot start.
+
+        ``base`` is what ``/opt/ml`` is in a container: the process finds it there when it is ``mounted``, else by the
+        variable ``SAGEMAKER_BASE_DIR``, and parts of the command that begin with ``/opt/ml`` are changed.
+        """
+        if mounted:
+            line = ["unshare", "-Urm", "sh", "-c", _MOUNT, str(base), *command]
+        else:
+            line = [part.replace("/opt/ml", str(base), 1) if part.startswith("/opt/ml") else part for part in command]
+            environment = {**environment, "SAGEMAKER_BASE_DIR": str(base)}
         self._process = subprocess.Popen(
-            list(command),
+            line,
             env=_environment(command, environment),
-            cwd=folder,
+            cwd=base,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

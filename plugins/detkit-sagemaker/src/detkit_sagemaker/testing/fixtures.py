@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -22,8 +23,8 @@ def simulator(
 ) -> Iterator[Simulator]:
     """A simulated AWS account. The environment leads boto3 to it for the time of the test."""
     with Simulator(images=simulator_images, folder=tmp_path / "aws") as aws:
-        for name in ("AWS_PROFILE", "AWS_DEFAULT_PROFILE"):
-            monkeypatch.delenv(name, raising=False)
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
         for name, value in aws.environment.items():
             monkeypatch.setenv(name, value)
         yield aws

@@ -56,17 +56,16 @@ class ModelServer:
         (base / "model").mkdir(parents=True)
         _fetch(account, container, base)
         self.port, self.log = free_port(), log
-        aws = {} if model.get("EnableNetworkIsolation") else account.environment
+        aws = {} if model.get("EnableNetworkIsolation") else account.container_environment
         environment = {
             **aws,
             "AWS_REGION": account.region,
             **container.get("Environment", {}),
             **environment,
-            "SAGEMAKER_BASE_DIR": str(base),
             "DETKIT_PORT": str(self.port),
         }
         try:
-            self._container = Container([*command, "serve"], environment, base, log.write)
+            self._container = Container([*command, "serve"], environment, base, log.write, account.mounted)
         except OSError as error:
             raise Refused(f"the container cannot be started: {error}") from error
 

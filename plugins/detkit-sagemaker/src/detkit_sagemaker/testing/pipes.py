@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import gzip
+import io
 import json
 import os
 import random
 import select
-import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from detkit.recordio import RecordWriter
 from detkit_sagemaker.testing.refusals import Refused
 from detkit_sagemaker.testing.storage import Item, Storage
-
-_MAGIC = struct.pack("<I", 0xCED7230A)
-"""Begins every RecordIO record (dmlc-core, ``recordio.h``)."""
 
 Record = Callable[[], list[bytes]]
 """Reads the parts of one record: one part for a plain object, one per attribute of an augmented manifest's line."""
@@ -76,20 +74,10 @@ class Pipe:
 
 
 def framed(content: bytes) -> bytes:
-    """Return content as a RecordIO record: magic, kind and length, content, padding to 4 bytes.
-
-    Where the magic stands in the content itself, at a multiple of 4, the record is split there, without it.
-    """
-    cuts = [at for at in range(0, len(content) - 3, 4) if content[at : at + 4] == _MAGIC] if _MAGIC in content else []
-    parts = [
-        content[start:end] for start, end in zip([0, *(at + 4 for at in cuts)], [*cuts, len(content)], strict=True)
-    ]
-    out = bytearray()
-    for index, part in enumerate(parts):
-        first, last = index == 0, index == len(parts) - 1
-        kind = 0 if first and last else 1 if first else 3 if last else 2
-        out += _MAGIC + struct.pack("<I", kind << 29 | len(part)) + part + bytes(-len(part) % 4)
-    return bytes(out)
+    """Return content as a RecordIO record."""
+    record = io.BytesIO()
+    RecordWriter(record).write(0, content)
+    return record.getvalue()
 
 
 def objects(storage: Storage, items: list[Item], compressed: bool) -> list[Record]:

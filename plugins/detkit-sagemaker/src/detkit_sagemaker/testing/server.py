@@ -37,6 +37,12 @@ _S3_OPERATIONS = {
     ("HEAD", False): "HeadBucket",
     ("DELETE", False): "DeleteBucket",
 }
+_S3_OPERATIONS_BY_QUERY = {
+    ("PUT", "partNumber="): "UploadPart",
+    ("POST", "uploads"): "CreateMultipartUpload",
+    ("POST", "uploadId="): "CompleteMultipartUpload",
+    ("POST", "delete"): "DeleteObjects",
+}
 _SCHEDULE_OPERATIONS = {
     "POST": "CreateSchedule",
     "PUT": "UpdateSchedule",
@@ -188,13 +194,17 @@ class Endpoint:
         return answer
 
     def _by_moto(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        answer: Iterable[bytes] = self._moto(environ, start_response)
+        try:
+            answer: Iterable[bytes] = self._moto(environ, start_response)
+        except NotImplementedError as error:  # not an internal error, which clients would try again
+            raise Refused(str(error), "NotImplemented", 501) from error
         return answer
 
 
 def _operation(environ: Environ, service: str) -> str:
     """Return AWS's name of the operation that is called, as well as it can be told; else the HTTP method."""
-    method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO", "")
+    method: str = environ["REQUEST_METHOD"]
+    path, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
     if target := environ.get("HTTP_X_AMZ_TARGET"):
         return str(target).split(".")[-1]
     if service == "sagemaker":
@@ -202,12 +212,13 @@ def _operation(environ: Environ, service: str) -> str:
     if service == "scheduler" and _SCHEDULE.fullmatch(path):
         return _SCHEDULE_OPERATIONS.get(method, method)
     if service == "s3":
-        if method == "PUT" and "partNumber=" in environ.get("QUERY_STRING", ""):
-            return "UploadPart"
-        return _S3_OPERATIONS.get((str(method), "/" in path.strip("/")), str(method))
+        for (verb, part), operation in _S3_OPERATIONS_BY_QUERY.items():
+            if verb == method and part in query:
+                return operation
+        return _S3_OPERATIONS.get((method, "/" in path.strip("/")), method)
     if environ.get("CONTENT_TYPE", "").startswith("application/x-www-form-urlencoded"):
-        return parse_qs(_body(environ).decode()).get("Action", [str(method)])[0]
-    return str(method)
+        return parse_qs(_body(environ).decode()).get("Action", [method])[0]
+    return method
 
 
 def _body(environ: Environ) -> bytes:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 
 from detkit_sagemaker.testing import hub
 from detkit_sagemaker.testing.account import Account, Job, Json, Resource
-from detkit_sagemaker.testing.containers import Images
+from detkit_sagemaker.testing.containers import Images, can_mount
 from detkit_sagemaker.testing.faults import Faults
 from detkit_sagemaker.testing.server import Endpoint
 
@@ -52,29 +53,34 @@ class Simulator:
         self,
         images: Mapping[str, Sequence[str]] | None = None,
         folder: Path | str | None = None,
+        *,
         region: str = "us-east-1",
         port: int = 0,
         grace: float = 120.0,
+        opt_ml: bool = False,
     ) -> None:
         """Prepare an account; nothing runs before it is entered.
 
         ``images`` are the containers: ``repository:tag`` or a whole URI, and the command that stands for its
         entrypoint; ``train`` or ``serve`` is appended. ``folder`` keeps what the containers see as ``/opt/ml``; without
         one it is temporary. ``port`` 0 is any free one. ``grace`` are the seconds from SIGTERM to SIGKILL for a
-        training job that is stopped (120 at AWS).
+        training job that is stopped (120 at AWS). With ``opt_ml`` containers find their folder at ``/opt/ml``, where
+        the machine allows that to processes; without, at ``SAGEMAKER_BASE_DIR``.
         """
         self.region = region
         self.faults = Faults()
         """What goes wrong, on demand."""
         self._images = Images({**_stand_ins(), **(images or {})})
         self._own_images = Images(images or {}).names
-        self._folder, self._port, self._grace = folder, port, grace
+        self._folder, self._port, self._grace, self._mounted = folder, port, grace, opt_ml
         self._closing = contextlib.ExitStack()
         self.environment: dict[str, str] = {}
         """Variables that lead boto3, and with it everything, to this account."""
 
     def __enter__(self) -> Simulator:
         """Start the server. Raises `RuntimeError` where another simulator is open in this process."""
+        if self._mounted and not can_mount():
+            raise RuntimeError("opt_ml needs Linux with user namespaces, and a Python outside of /opt; leave it away")
         if not _open.acquire(blocking=False):
             raise RuntimeError("another simulator is open in this process; moto has one state for all, close it first")
         with contextlib.ExitStack() as stack:
@@ -104,7 +110,13 @@ class Simulator:
             folder = Path(self._folder).resolve()
             folder.mkdir(parents=True, exist_ok=True)
         account = Account(
-            self.region, folder, self._images, self.faults, environment=self.environment, grace=self._grace
+            self.region,
+            folder,
+            self._images,
+            self.faults,
+            environment=self.environment,
+            grace=self._grace,
+            mounted=self._mounted,
         )
         endpoint = Endpoint(account)
         server = make_server("127.0.0.1", self._port, endpoint, threaded=True, request_handler=_handler())
@@ -192,7 +204,9 @@ class Simulator:
 def serve_forever(
     port: int = 4566, images: Mapping[str, Sequence[str]] | None = None, folder: Path | str | None = None
 ) -> None:
-    """Serve an account until Ctrl-C, after the lines to type into another shell were printed."""
+    """Serve an account until Ctrl-C or SIGTERM, after the lines to type into another shell were printed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Simulator(images=images, port=port, folder=folder) as aws:
         for line in exports(aws):
             print(line)

@@ -34,6 +34,9 @@ _MESSAGES = {
 }
 
 
+_FAILURES = ("AlgorithmError:", "ClientError:", "InternalServerError:")
+
+
 class _Ended(Exception):
     """The job's work is done: ``secondary`` is its last secondary status, ``upload`` whether artifacts are kept."""
 
@@ -213,7 +216,7 @@ class TrainingJob(Job):
         path: str = self.request["CheckpointConfig"].get("LocalPath", "/opt/ml/checkpoints")
         return base / path.removeprefix("/opt/ml/")
 
-    def _command(self, base: Path) -> list[str]:
+    def _command(self) -> list[str]:
         algorithm = self.request["AlgorithmSpecification"]
         image = self.account.images.command(algorithm["TrainingImage"])
         assert image is not None
@@ -222,18 +225,17 @@ class TrainingJob(Job):
             command = [*algorithm["ContainerEntrypoint"], *(arguments or [])]
         else:
             command = [*image, *(arguments or ["train"])]
-        return [part.replace("/opt/ml", str(base), 1) if part.startswith("/opt/ml") else part for part in command]
+        return command
 
-    def _environment(self, number: int, port: int) -> dict[str, str]:
+    def _environment(self, port: int) -> dict[str, str]:
         # A container without network has no way to AWS; a process has, so it is only not told about it.
-        aws = {} if self.request.get("EnableNetworkIsolation") else self.account.environment
+        aws = {} if self.request.get("EnableNetworkIsolation") else self.account.container_environment
         environment = {
             **aws,
             **self.request.get("Environment", {}),
             "TRAINING_JOB_NAME": self.name,
             "TRAINING_JOB_ARN": self.arn,
             "AWS_REGION": self.account.region,
-            "SAGEMAKER_BASE_DIR": str(self._base(number)),
         }
         if len(self._hosts) > 1:  # the hosts' names do not resolve on the loopback
             environment |= {"DETKIT_MASTER_ADDR": "127.0.0.1", "DETKIT_MASTER_PORT": str(port)}
@@ -264,9 +266,9 @@ class TrainingJob(Job):
             log.write(line)
             self.metrics.read(line)
 
-        base = self._base(number)
+        environment, mounted = self._environment(port), self.account.mounted
         try:
-            return Container(self._command(base), self._environment(number, port), base, on_line)
+            return Container(self._command(), environment, self._base(number), on_line, mounted)
         except OSError as error:
             raise _Ended("Failed", f"AlgorithmError: the container cannot be started: {error}") from error
 
@@ -316,8 +318,10 @@ class TrainingJob(Job):
     def _failure(self, number: int, code: int) -> str:
         file = self._base(number) / "output" / "failure"
         said = file.read_text(errors="replace") if file.is_file() else ""
+        # AWS's own images name the kind of failure themselves.
+        kind = "" if said.startswith(_FAILURES) else "AlgorithmError: "
         ending = f", exit code: {code}"
-        return f"AlgorithmError: {said}"[: 1024 - len(ending)] + ending
+        return f"{kind}{said}"[: 1024 - len(ending)] + ending
 
     def _sync(self) -> None:
         """Copy checkpoints that are new to S3, as the platform does all the time."""

@@ -1,0 +1,172 @@
+"""``detkit sagemaker``, typed as a user types it, against the simulated account."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import boto3
+import pytest
+
+from detkit import write_dataset
+from detkit_sagemaker.cli import app
+from detkit_sagemaker.testing import Simulator
+
+if TYPE_CHECKING:
+    from conftest import Trained
+    from detkit.job import Model
+
+
+@pytest.fixture
+def simulator_images() -> dict[str, list[str]]:
+    return {"echo:latest": [sys.executable, "-m", "detkit_sagemaker.container"]}
+
+
+class Typed:
+    """Types verbs of ``detkit sagemaker`` as `detkit.cli` does, and keeps what came."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._captured = capfd
+        self.out = self.err = ""
+
+    def __call__(self, *words: str) -> int:
+        from detkit.cli import messages
+        from detkit.errors import DetkitError
+
+        try:
+            app(list(words), prog_name="detkit sagemaker", standalone_mode=False)
+            code = 0
+        except DetkitError as error:
+            code = messages.report(error, as_json="--json" in words)
+        self.out, self.err = self._captured.readouterr()
+        return code
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def typed(capfd: pytest.CaptureFixture[str]) -> Typed:
+    return Typed(capfd)
+
+
+def test_setup_prints_and_changes_nothing_or_applies(echo_account: Simulator, typed: Typed) -> None:
+    assert typed("setup") == 2
+    assert "--print" in typed.err
+    assert typed("setup", "--print", "--bucket", "photos") == 0
+    assert typed.json["bucket"] == "photos"
+    assert "arn:aws:s3:::photos/*" in typed.out
+    assert not [operation for operation, _ in echo_account.created if operation in {"CreateRole", "CreatePolicy"}]
+    with pytest.raises(boto3.client("iam").exceptions.NoSuchEntityException):
+        boto3.client("iam").get_role(RoleName="detkit-scheduler")
+    assert typed("setup", "--apply", "--json") == 0
+    assert typed.json["role"].endswith(":role/detkit-execution")
+    assert len(typed.json["done"]) == 4
+    assert boto3.client("iam").get_role(RoleName="detkit-scheduler")
+    assert typed("setup", "--apply") == 0
+    assert "--role detkit-execution" in typed.out
+
+
+def test_transform_plans_then_predicts_and_is_known_to_evaluate(
+    echo_account: Simulator, trained: Trained, aws_model: Model, typed: Typed, tmp_path: Path
+) -> None:
+
+    write_dataset(trained.data, tmp_path / "data", "coco")
+    words = [str(aws_model.path), str(tmp_path / "data"), "--role", echo_account.role]
+    assert typed("transform", *words, "--dry-run") == 0
+    assert "CreateTransformJob" in typed.out
+    assert "cost       at most" in typed.out
+    assert typed("transform", *words) == 2
+    assert "yes=True (--yes)" in typed.err
+    assert typed("transform", *words, "--instance-tipe", "ml.c5.xlarge") == 2
+    assert "did you mean 'instance_type'" in typed.err
+    assert "CreateTransformJob" not in echo_account.calls
+    assert typed("transform", *words, "--max-cost", "1", "--instance-type", "ml.c5.xlarge", "--json") == 0
+    assert typed.json == {"images": 8, "looked_at": 8}
+    [job] = [request for operation, request in echo_account.created if operation == "CreateTransformJob"]
+    assert job["TransformResources"]["InstanceType"] == "ml.c5.xlarge"
+    assert typed("transform", *words, "--yes") == 0
+    assert "8, 8 of them were known" in typed.out
+    assert echo_account.calls.count("CreateTransformJob") == 1
+
+
+def test_an_image_is_planned_with_docker_or_built_with_codebuild(
+    echo_account: Simulator, typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = tmp_path / "context"
+    assert typed("build-image", "--with", "echo", "--docker", "--folder", str(context)) == 0
+    assert (context / "Dockerfile").is_file()
+    assert "docker push" in typed.out
+    assert "nothing was built" in typed.out
+    assert typed("build-image", "--with", "ecko") == 2
+    assert "did you mean 'echo'" in typed.err
+    assert typed("setup", "--apply") == 0
+    assert typed("build-image", "--with", "echo", "--codebuild", "--yes", "--json") == 0, typed.err
+    uri = typed.json["image_uri"]
+    assert re.fullmatch(r"123456789012\.dkr\.ecr\.us-east-1\.amazonaws\.com/detkit:echo-[0-9a-f]{12}", uri)
+    assert boto3.client("ecr").describe_repositories(repositoryNames=["detkit"])["repositories"]
+    assert boto3.client("codebuild").list_projects()["projects"] == ["detkit-build"]
+    listed = boto3.client("s3").list_objects_v2(Bucket=echo_account.bucket, Prefix="detkit/images/")["Contents"]
+    assert len(listed) == 1
+
+
+def test_docker_is_run_as_it_is_said(
+    echo_account: Simulator, typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program called docker that writes down what it is told; the real one is not everywhere."""
+    docker, seen = tmp_path / "bin" / "docker", tmp_path / "seen"
+    docker.parent.mkdir()
+    docker.write_text(
+        f'#!/bin/sh\necho "$@" >> {seen}\n[ "$1" = login ] && cat >> {seen} && echo >> {seen}\n[ "$1" != "$FAILING" ]\n'
+    )
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{docker.parent}{os.pathsep}{os.environ['PATH']}")
+    assert typed("build-image", "--with", "echo", "--yes") == 0
+    words = [line.split()[0] for line in seen.read_text().splitlines()]
+    assert words[:3] == ["info", "build", "login"]
+    assert words[-1] == "push"
+    assert "--password-stdin" in seen.read_text()
+    monkeypatch.setenv("FAILING", "push")
+    assert typed("build-image", "--with", "echo", "--yes") == 3
+    assert "docker push" in typed.err
+    assert "exit code 1" in typed.err
+
+
+def test_local_serves_an_account_until_ctrl_c(tmp_path: Path) -> None:
+    script = "from detkit_sagemaker.cli import app; app(['local', '--port', '0', '--folder', 'aws'])"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        exported: dict[str, str] = {}
+        for line in process.stdout:
+            if line.startswith("# role"):
+                break
+            name, _, value = line.removeprefix("export ").strip().partition("=")
+            exported[name] = value.strip("'")
+        client = boto3.client(
+            "ecr",
+            endpoint_url=exported["AWS_ENDPOINT_URL"],
+            region_name=exported["AWS_REGION"],
+            aws_access_key_id="testing",
+            aws_secret_access_key="testing",
+        )
+        assert [one["repositoryName"] for one in client.describe_repositories()["repositories"]] == ["detkit"]
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert process.wait(timeout=20) == 0
+        assert time.monotonic() - began < 20
+
+
+def test_nothing_of_aws_s_is_imported_by_the_commands() -> None:
+    script = (
+        "import sys, detkit_sagemaker, detkit_sagemaker.cli; print([m for m in ('boto3', 'moto') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
