@@ -50,6 +50,8 @@ _OWN_CODE = ("backends", "boxes", "detections", "images", "predictor", "recordio
 _COLUMNS = "settings blob, image blob, width integer, height integer, found blob, seconds real, device text"
 _DAMAGED = {11: "database disk image is malformed", 26: "file is not a database"}
 """SQLITE_CORRUPT and SQLITE_NOTADB; Python 3.10 has only the messages."""
+_UNKNOWN_S = -1.0
+"""In the table; SQLite has no NaN."""
 _ASKED_AT_ONCE = 500
 _FLUSH_S, _FLUSH_ROWS = 1.0, 512
 """So much is lost at most when the process is killed."""
@@ -147,7 +149,8 @@ class PredictionStore:
         content = msgspec.msgpack.encode(columns)
         content = zlib.crc32(content).to_bytes(4, "big") + content
         image = bytes.fromhex(digest)
-        self._pending.append((self._settings, image, found.width, found.height, content, float(seconds), device))
+        seconds = _UNKNOWN_S if math.isnan(seconds) else float(seconds)
+        self._pending.append((self._settings, image, found.width, found.height, content, seconds, device))
         if time.monotonic() - self._flushed > _FLUSH_S or len(self._pending) >= _FLUSH_ROWS:
             self._flush()
 
@@ -169,7 +172,7 @@ class PredictionStore:
             )
             kept = Kept(
                 found if self._limit is None else found.best(self._limit),
-                math.nan if seconds is None else float(seconds),  # SQLite has no NaN
+                math.nan if seconds == _UNKNOWN_S else float(seconds),
                 str(device),
             )
         except (ValueError, TypeError, msgspec.MsgspecError):

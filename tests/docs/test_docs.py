@@ -5,6 +5,7 @@ by line through bash. Comments of the page, unseen by its readers, say what else
 
     <!-- data: FOLDER [N] -->            draw a data set of N pictures there before going on
     <!-- environment: NAME=VALUE ... --> set variables for the rest of the page, to make a training short
+    <!-- account: simulated -->          lead the rest of the page to a simulated AWS account that has our container
     <!-- wheel: FOLDER -->               build this distribution of the repository, for `pip install` to find it
     <!-- file: NAME -->                  the next block is the content of a file
     <!-- printed -->                     the next block is what the one before it printed; ... stands for anything
@@ -44,7 +45,7 @@ from detkit.shapes import write_shapes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-ALONE = {"data", "environment", "wheel"}
+ALONE = {"account", "data", "environment", "wheel"}
 MARKS = {*ALONE, "file", "printed", "not run here"}
 LANGUAGES = {"python", "console", "text", "yaml", "json", "toml", "ini", "xml"}
 TIMEOUT_S = 240
@@ -109,10 +110,12 @@ class Reader:
         self.page, self.folder, self.environment = page, folder, environment
         self.names: dict[str, object] = {"__name__": "__main__"}
         self.printed = ""
+        self.closing = contextlib.ExitStack()
 
     def read(self) -> None:
-        for block in blocks(self.page):
-            self.do(block)
+        with self.closing:
+            for block in blocks(self.page):
+                self.do(block)
 
     def do(self, block: Block) -> None:
         where = f"{page_name(self.page)}:{block.line}"
@@ -122,6 +125,8 @@ class Reader:
         elif block.language == "environment":
             for pair in block.code.split():
                 self.environment.setenv(*pair.split("=", 1))
+        elif block.language == "account":
+            self.open_account()
         elif block.language == "wheel":
             wheels = self.folder.parent / "wheels"
             self.environment.setenv("PIP_FIND_LINKS", str(wheels))
@@ -143,6 +148,14 @@ class Reader:
             self.printed = "".join(self.run_command(command, where) for command in commands(block.code))
         else:
             check_syntax(block, where)
+
+    def open_account(self) -> None:
+        from detkit_sagemaker.testing import Simulator
+
+        container = [sys.executable, "-m", "detkit_sagemaker.container"]
+        account = Simulator(images={"detkit:latest": container}, folder=self.folder.parent / "aws")
+        for name, value in self.closing.enter_context(account).environment.items():
+            self.environment.setenv(name, value)
 
     def run_python(self, block: Block) -> str:
         # The empty lines in front let a traceback point at the line of the page.
@@ -194,7 +207,7 @@ def reader_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[typin
     for folder in (home, here, site):
         folder.mkdir()
     for name in list(os.environ):
-        if name.startswith(("DETKIT_", "PYTEST_")) or name in {"XDG_CACHE_HOME", "COV_CORE_SOURCE"}:
+        if name.startswith(("AWS_", "DETKIT_", "PYTEST_", "XDG_")) or name == "COV_CORE_SOURCE":
             monkeypatch.delenv(name)
     for name, value in {
         "HOME": str(home),

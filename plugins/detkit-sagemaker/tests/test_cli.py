@@ -89,7 +89,12 @@ def test_transform_plans_then_predicts_and_is_known_to_evaluate(
     assert typed("transform", *words, "--instance-tipe", "ml.c5.xlarge") == 2
     assert "did you mean 'instance_type'" in typed.err
     assert "CreateTransformJob" not in echo_account.calls
-    assert typed("transform", *words, "--max-cost", "1", "--instance-type", "ml.c5.xlarge", "--json") == 0
+    assert (
+        typed("transform", *words, "--max-cost", "1", "--wait", "false", "--instance-type", "ml.c5.xlarge", "--json")
+        == 0
+    )
+    name = typed.json["job"]
+    assert typed("transform", *words, "--collect", name, "--json") == 0
     assert typed.json == {"images": 8, "looked_at": 8}
     [job] = [request for operation, request in echo_account.created if operation == "CreateTransformJob"]
     assert job["TransformResources"]["InstanceType"] == "ml.c5.xlarge"

@@ -28,6 +28,7 @@ from detkit_sagemaker.endpoints import find_endpoint, list_endpoints, remove
 from detkit_sagemaker.invoking import EndpointDetector, ImageRefused
 from detkit_sagemaker.ledger import Ledger
 from detkit_sagemaker.options import DeployOptions
+from detkit_sagemaker.requests import check_request
 from detkit_sagemaker.testing import Simulator
 
 if TYPE_CHECKING:
@@ -140,6 +141,9 @@ def test_a_plan_creates_nothing_and_says_what_it_may_cost(account: Simulator, tr
     assert [operation for operation, _ in plan.requests] == [
         *["CreateSchedule"] * 3, "CreateModel", "CreateEndpointConfig", "CreateEndpoint",
     ]  # fmt: skip
+    for operation, request in plan.requests:
+        service = "scheduler" if operation == "CreateSchedule" else "sagemaker"
+        assert check_request(operation, request, service) == []
     assert plan.worst_case_cost == plan.price_per_hour
     assert plan.uploads is not None and plan.uploads["bytes"] > 0
 
@@ -249,7 +253,7 @@ def test_a_serverless_endpoint_has_no_price_by_the_hour(account: Simulator, trai
 
 def test_aws_s_own_model_answers_with_our_classes(account: Simulator, trained: Trained, aws_model: Model) -> None:
     pictures = [read_image(path) for path in trained.data.paths]
-    with deploy(aws_model, options(account, image_uri=None), account_of()) as endpoint:
+    with deploy(aws_model, options(account), account_of()) as endpoint:  # our image is for our models
         with find_endpoint(account_of(), endpoint.name).open(ALL) as detector:
             there = detector.detect(pictures)
         with trained_here(trained) as local:
@@ -376,7 +380,7 @@ def test_a_process_killed_at_a_create_call_leaves_nothing_that_clean_up_does_not
 def test_aws_deletes_it_when_its_time_is_over_and_nobody_lives(
     account: Simulator, trained: Trained, launcher: subprocess.Popen[str]
 ) -> None:
-    launch(launcher, account, trained, ttl=8)
+    launch(launcher, account, trained, ttl=10)
     assert outcome(launcher) == -signal.SIGKILL  # it kills itself when the endpoint answers
     assert len(account.live("endpoint")) == 1
     assert len(account.live("schedule")) == 3

@@ -138,8 +138,8 @@ REFUSED: dict[str, tuple[Callable[[Simulator], dict[str, Any]], str]] = {
         "mx-central-1",
     ),
     "quota": (
-        lambda aws: aws.faults.quota("ml.g4dn.xlarge for training job usage", 1) or {"instance_count": 2},
-        "quota 'ml.g4dn.xlarge for training job usage' is 1, and 2 are needed; ask for more .*instance_type",
+        lambda aws: aws.faults.quota("ml.g4dn.xlarge for training job usage", 0) or {},
+        "quota 'ml.g4dn.xlarge for training job usage' is 0, and 1 are needed; ask for more .*instance_type",
     ),
     "spot's quota": (
         lambda aws: aws.faults.quota("ml.g4dn.xlarge for spot training job usage", 0) or {"spot": True},

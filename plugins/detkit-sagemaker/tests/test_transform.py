@@ -29,7 +29,7 @@ from detkit_sagemaker.endpoints import remove
 from detkit_sagemaker.ledger import Ledger
 from detkit_sagemaker.options import TransformOptions
 from detkit_sagemaker.testing import Simulator
-from detkit_sagemaker.transform import TransformFailed, plan_batch, predict_batch
+from detkit_sagemaker.transform import TransformFailed, collect_batch, plan_batch, predict_batch, start_batch
 
 if TYPE_CHECKING:
     from conftest import Trained
@@ -225,6 +225,21 @@ def test_ctrl_c_and_the_limit_on_the_time_stop_the_job(account: Simulator, train
     account.faults.clear()
     account.wait()
     assert is_clean(account)
+
+
+def test_a_job_that_nobody_waits_for_is_collected_later(account: Simulator, trained: Trained) -> None:
+    account.faults.slow(1.0)
+    name = start_batch(trained.model, trained.data.paths, options(account), account_of())
+    assert account.live("transform-job") == [name]
+    assert remove(account_of()) == []  # it is somebody's
+    account.faults.clear()
+    found = list(collect_batch(name, options(account), account_of(), score_threshold=0.3))
+    same(found, here(trained, list(trained.data.paths), 0.3))
+    assert [one.path for one in found] == list(trained.data.paths)
+    assert is_clean(account)
+    assert len(list(collect_batch(name, options(account), account_of()))) == 8
+    with pytest.raises(UsageError, match="no transform 'detkit-nothing'"):
+        list(collect_batch("detkit-nothing", options(account), account_of()))
 
 
 @pytest.mark.parametrize("operation", ["CreateModel", "CreateTransformJob"])

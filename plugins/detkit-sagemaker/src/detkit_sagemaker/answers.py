@@ -46,6 +46,7 @@ class MalformedAnswer(DetkitError):
     exit_code = 3
 
     def __init__(self, path: str, why: str) -> None:
+        self.why = why
         super().__init__(
             f"{path or 'an image'}: the answer of the model's container cannot be read: {why}. does the image fit the "
             "model, and is it of a matching version?"

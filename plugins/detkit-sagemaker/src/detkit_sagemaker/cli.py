@@ -163,6 +163,9 @@ def transform(
         list[str] | None,
         typer.Argument(metavar="[--option VALUE]", help="Such as `--instance-type ml.c5.xlarge`.", show_default=False),
     ] = None,
+    collect: Annotated[
+        str | None, typer.Option(metavar="JOB", help="Take what a job found that was started with `--wait false`.")
+    ] = None,
     max_cost: Annotated[float | None, typer.Option(metavar="USD", help="What may be spent, by the estimate.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Start what costs money without --max-cost.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and what it costs.")] = False,
@@ -180,9 +183,11 @@ def transform(
     from detkit.settings import Settings
     from detkit_sagemaker.options import TransformOptions
     from detkit_sagemaker.rescoring import transform as transform_dataset
-    from detkit_sagemaker.transform import plan_batch
+    from detkit_sagemaker.transform import plan_batch, start_batch
 
-    given = sort_words([*(words or []), *context.args], {"json", "dry-run"}, usage="sagemaker transform MODEL DATA")
+    given = sort_words(
+        [*(words or []), *context.args], {"json", "dry-run", "collect"}, usage="sagemaker transform MODEL DATA"
+    )
     if given.positions:
         raise UsageError(f"transform takes one model, one data set and options, but got {', '.join(given.positions)}")
     call: dict[str, Any] = {**given.settings, "yes": yes or None, "max_cost": max_cost}
@@ -205,7 +210,16 @@ def transform(
             print(plan)
         return
     with shown():
-        looked, total = transform_dataset(opened, data, options, tell=messages.tell)
+        if not options.wait and collect is None:
+            name = start_batch(opened, read_dataset(data).paths, options, tell=messages.tell)
+            if as_json:
+                messages.print_json({"job": name})
+            else:
+                print(f"job    {name}")
+                place = messages.shown(opened.path.parent)
+                print(f"next:  detkit sagemaker transform {place} {shlex.quote(data)} --collect {name}")
+            return
+        looked, total = transform_dataset(opened, data, options, job=collect or "", tell=messages.tell)
     if as_json:
         messages.print_json({"images": total, "looked_at": looked})
         return

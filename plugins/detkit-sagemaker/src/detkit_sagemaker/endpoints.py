@@ -231,11 +231,12 @@ def _refuse_foreign(aws: Aws, name: str) -> None:
 
 def _left_over(aws: Aws, ledger: Ledger, alive: set[str]) -> list[str]:
     """Return the names of which something is there that no endpoint and no running transform uses."""
-    abandoned: set[str] = set()
-    under_way: set[str] = set()
+    abandoned, under_way, jobs = set[str](), set[str](), set[str]()
     for entry in ledger.pending():
         if entry.kind in resources.KINDS:
             (abandoned if entry.is_abandoned else under_way).add(_stem(entry.kind, entry.name))
+            if entry.kind == "transform-job" and entry.is_abandoned:
+                jobs.add(entry.name)
     running = {record["Name"] for record in resources.names(aws, "transform-job", StatusEquals="InProgress")}
     settled: set[str] = set()
     for record in resources.names(aws, "schedule"):
@@ -247,7 +248,8 @@ def _left_over(aws: Aws, ledger: Ledger, alive: set[str]) -> list[str]:
             name = record["Name"]
             if name not in alive | abandoned | under_way | running and OWNER in resources.tags_of(aws, record[arn]):
                 settled |= _old(name, record["CreationTime"])
-    return sorted((abandoned | (settled - under_way - running)) - alive)
+    # A running job is somebody's, unless whoever waited for it here is no more.
+    return sorted((jobs | ((abandoned | settled) - under_way - running)) - alive)
 
 
 def _old(name: str, created: datetime) -> set[str]:

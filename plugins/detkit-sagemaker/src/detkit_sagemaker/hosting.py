@@ -80,7 +80,7 @@ def container_of(model: Model, aws: Aws, root: str, image_uri: str | None) -> Co
     """
     theirs = artifacts.place_of(model.path)
     if theirs is not None:
-        return _of_aws(model, theirs, aws, root, image_uri)
+        return _of_aws(model, theirs, aws, root)
     if image_uri is None:
         raise MissingSettings([("image_uri", IMAGE_HINT)])
     files = {path.relative_to(model.path).as_posix(): path for path in model.path.rglob("*") if path.is_file()}
@@ -99,8 +99,11 @@ def container_of(model: Model, aws: Aws, root: str, image_uri: str | None) -> Co
     )
 
 
-def _of_aws(model: Model, place: artifacts.Place, aws: Aws, root: str, image_uri: str | None) -> Container:
-    """Return what a model of AWS's own image needs: its artifact is used where it lies, in the same region."""
+def _of_aws(model: Model, place: artifacts.Place, aws: Aws, root: str) -> Container:
+    """Return what a model of AWS's own image needs, whatever image of ours is set for other models.
+
+    Its artifact is used where it lies, in the same region.
+    """
     kind: Kind = "jumpstart" if place.kind == "jumpstart" else "object-detection"
     url, here = place.artifact, model.path / artifacts.ARCHIVE
     to_upload: dict[str, Path] = {}
@@ -110,7 +113,7 @@ def _of_aws(model: Model, place: artifacts.Place, aws: Aws, root: str, image_uri
         url = f"{root}/models/{file_sha256(here)[:32]}/{artifacts.ARCHIVE}"
         to_upload = {} if _is_there(aws, url) else {artifacts.ARCHIVE: here}
     return Container(
-        image=image_uri or place.image,
+        image=place.image,
         artifact=url,
         answers=Answers(kind=kind, classes=model.classes),
         environment={**place.environment, KIND: kind, **_classes(model)},

@@ -16,7 +16,7 @@ from detkit.scores import SCORE_FLOOR
 from detkit_sagemaker.aws import Aws
 from detkit_sagemaker.options import TransformOptions
 from detkit_sagemaker.resources import Tell, to_stderr
-from detkit_sagemaker.transform import predict_batch
+from detkit_sagemaker.transform import collect_batch, predict_batch
 
 
 def transform(
@@ -26,12 +26,14 @@ def transform(
     aws: Aws | None = None,
     *,
     on_invalid: Literal["raise", "drop"] = "raise",
+    job: str = "",
     tell: Tell = to_stderr,
 ) -> tuple[int, int]:
     """Let a model look at a data set's images in a batch transform job, and keep what it found.
 
-    Images that it has looked at before are not sent. Returns how many it looked at now, and how many there are. Raises
-    as `detkit_sagemaker.transform.predict_batch` does; what other images gave is kept then, too.
+    Images that it has looked at before are not sent. ``job`` names one that `start_batch` started on this data: what
+    that found is taken. Returns how many it looked at now, and how many there are. Raises as
+    `detkit_sagemaker.transform.predict_batch` does; what other images gave is kept then, too.
     """
     loaded = data if isinstance(data, Dataset) else read_dataset(data)
     prepared = prepare(loaded, on_invalid=on_invalid)
@@ -43,7 +45,10 @@ def transform(
             if known is None
         }
         if missing:
-            found = predict_batch(model, list(missing), options, aws, score_threshold=SCORE_FLOOR, tell=tell)
-            for detections in found:
+            if job:
+                found = collect_batch(job, options, aws, score_threshold=SCORE_FLOOR, tell=tell)
+            else:
+                found = predict_batch(model, list(missing), options, aws, score_threshold=SCORE_FLOOR, tell=tell)
+            for detections in (one for one in found if one.path in missing):
                 store.put(missing[detections.path], detections, math.nan, "SageMaker")
     return len(missing), len(digests)

@@ -6,19 +6,17 @@ AWS's own containers cannot read, see `detkit_sagemaker.answers.look`.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from detkit.errors import DetkitError, InvalidValue, MissingSettings, RunFailed
+from detkit.errors import InvalidValue, MissingSettings
 from detkit.plans import Plan
-from detkit_sagemaker import hosting, logs, pricing, requests, resources, uploads
-from detkit_sagemaker.answers import MalformedAnswer
-from detkit_sagemaker.aws import Aws, AwsError, explained
+from detkit_sagemaker import hosting, pricing, requests, resources, uploads
+from detkit_sagemaker.aws import Aws
+from detkit_sagemaker.batchjobs import BatchJob, Record, TransformFailed, output_of
 from detkit_sagemaker.defaults import complete, role_arn
 from detkit_sagemaker.hosting import Container, container_of, root_of
 from detkit_sagemaker.ledger import Ledger
@@ -31,20 +29,9 @@ if TYPE_CHECKING:
     from detkit.job import Model
     from detkit_sagemaker.options import TransformOptions
 
+__all__ = ["TransformFailed", "collect_batch", "plan_batch", "predict_batch", "start_batch"]
+
 _MEGABYTE = 1_000_000
-_READERS = 8
-_SHOWN = 5
-
-
-class TransformFailed(RunFailed):
-    """Images that a batch transform has no detections for; `failed` says of each why."""
-
-    def __init__(self, message: str, failed: Mapping[str, str], log_tail: str = "") -> None:
-        self.failed = dict(failed)
-        told = "\n".join(f"  {path}: {why}" for path, why in list(failed.items())[:_SHOWN])
-        more = f"\n  and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
-        log = f"\nlast lines of the container:\n{log_tail}" if log_tail else ""
-        super().__init__(f"{message}\n{told}{more}{log}", log_tail)
 
 
 def plan_batch(model: Model, sources: Iterable[str | Path], options: TransformOptions, aws: Aws | None = None) -> Plan:
@@ -71,12 +58,63 @@ def predict_batch(
     are too large, `ImageError`, and `AwsError`.
     """
 
+    job = _start(model, sources, options, aws, tell)
+    yield from _finish(job, score_threshold, max_detections, tell)
+
+
+def start_batch(
+    model: Model,
+    sources: Iterable[str | Path],
+    options: TransformOptions,
+    aws: Aws | None = None,
+    *,
+    tell: Tell = resources.to_stderr,
+) -> str:
+    """Start what `predict_batch` does, and return the job's name for `collect_batch`, here or on another machine.
+
+    Nobody stops it after ``max_runtime`` then but who collects it. Raises as `predict_batch` does.
+    """
+    job = _start(model, sources, options, aws, tell)
+    # It ends by itself and somebody wants its answers, so clean-up is not to stop it.
+    Ledger.of(job.aws).gone("transform-job", job.name)
+    return job.name
+
+
+def collect_batch(
+    name: str,
+    options: TransformOptions,
+    aws: Aws | None = None,
+    *,
+    score_threshold: float = 0.0,
+    max_detections: int | None = None,
+    tell: Tell = resources.to_stderr,
+) -> Iterator[Detections]:
+    """Wait for a job of `start_batch` and yield as `predict_batch` does. It may be collected again later.
+
+    Of the ``options``, region and output count. Raises `UsageError` where there is no such job, and `TransformFailed`.
+    """
+    options, _ = complete(options)
+    aws = aws or Aws(options.region)
+    job = BatchJob.find(aws, name, root_of(aws, options))
+    yield from _finish(job, score_threshold, max_detections, tell)
+
+
+def _start(
+    model: Model, sources: Iterable[str | Path], options: TransformOptions, aws: Aws | None, tell: Tell
+) -> BatchJob:
     with TemporaryDirectory(prefix="detkit-images-") as folder:
         prepared = _Transform.prepare(model, sources, options, aws, Path(folder))
         approve(prepared.plan(), prepared.options)
-        prepared.bring(tell)
-    failure = prepared.run(tell)
-    yield from prepared.answers(failure, score_threshold, max_detections)
+        return prepared.start(tell)
+
+
+def _finish(job: BatchJob, score_threshold: float, max_detections: int | None, tell: Tell) -> Iterator[Detections]:
+    """Wait, and leave neither a running job nor its model behind, whatever happens."""
+    try:
+        failure = job.wait(tell)
+    finally:
+        job.clear(tell)
+    yield from job.detections(failure, score_threshold, max_detections)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +162,7 @@ class _Transform:
             name=name,
             model=name,
             input_uri=bundle.url(root),
-            output=f"{root}/transforms/{name}/",
+            output=output_of(root, name),
             options=options,
             content_type=container.answers.content_type,
             accept=container.answers.accept,
@@ -141,10 +179,6 @@ class _Transform:
             notes=completed.notes(),
             steps=(Step("model", name, create_model), Step("transform-job", name, create_job)),
         )
-
-    @property
-    def output(self) -> str:
-        return f"{self.root}/transforms/{self.name}/"
 
     def plan(self) -> Plan:
         """Return what would be done, by looking only."""
@@ -163,6 +197,7 @@ class _Transform:
             notes=(
                 *self.notes,
                 f"{len(self.sent)} images are predicted in a job that ends by itself",
+                "the limit on the time is kept by this process; the service has none for such jobs",
             ),
             uploads={
                 **counts,
@@ -183,78 +218,26 @@ class _Transform:
         tell(f"transform {self.name}: {len(travels)} of {len(self.bundle.files)} images to upload")
         self.bundle.upload(self.aws, self.root)
 
-    def run(self, tell: Tell) -> str:
-        """Run the job to its end, and return why it failed, empty where it did not.
-
-        Whatever happens, the job is not left running, and the model at AWS not left over.
-        """
-        ledger = Ledger.of(self.aws)
+    def start(self, tell: Tell) -> BatchJob:
+        """Bring what is missing and start the job. What fails leaves nothing."""
+        self.bring(tell)
+        answers = self.container.answers
+        record = Record(
+            name=self.name,
+            kind=answers.kind,
+            classes=answers.classes,
+            sent=self.sent,
+            max_runtime=self.options.max_runtime,
+        )
+        job, ledger = BatchJob(self.aws, output_of(self.root, self.name), record), Ledger.of(self.aws)
+        job.write_record()
         try:
             for step in self.steps:
                 resources.create(self.aws, ledger, step)
-            return self._wait(tell)
         except BaseException:
-            tell(f"stopping transform {self.name}")
+            job.clear(tell)
             raise
-        finally:
-            for step in reversed(self.steps):
-                try:
-                    resources.remove(self.aws, ledger, step.kind, step.name)
-                except AwsError as error:
-                    tell(f"{error}; `detkit endpoints rm --expired` removes what is left of {self.name} later")
-
-    def _wait(self, tell: Tell) -> str:
-        began, told = time.monotonic(), ""
-        for _ in resources.waits():
-            with explained(f"looking at transform job {self.name} (sagemaker:DescribeTransformJob)"):
-                found = self.aws.client("sagemaker").describe_transform_job(TransformJobName=self.name)
-            status = found["TransformJobStatus"]
-            done = len(self._outputs()) if status == "InProgress" else None
-            now = status if not done else f"{status}, {done} of {len(self.bundle.files)} images"
-            if now != told:
-                tell(f"transform {self.name}: {now}")
-                told = now
-            if status in {"Completed", "Failed", "Stopped"}:
-                return "" if status == "Completed" else str(found.get("FailureReason") or f"the job was {status}")
-            if time.monotonic() - began > self.options.max_runtime:
-                return f"the job was stopped after max_runtime={self.options.max_runtime} s"
-        raise AssertionError("unreachable: waiting has no end")
-
-    def _outputs(self) -> dict[str, str]:
-        """Return the URL of each answer by the object that it is of; folders below the output are the service's."""
-        found = (name for name, _ in uploads.objects(self.aws, self.output) if name.endswith(".out"))
-        return {name.rpartition("/")[2].removesuffix(".out"): f"{self.output}{name}" for name in found}
-
-    def answers(self, failure: str, score_threshold: float, max_detections: int | None) -> Iterator[Detections]:
-        """Yield what is there, in order, and raise at the end for what is not."""
-        read = replace(self.container.answers, score_threshold=score_threshold, max_detections=max_detections)
-        outputs, failed = self._outputs(), {}
-
-        def answer(one: Sent) -> Detections | DetkitError:
-            if one.name not in outputs:
-                return MalformedAnswer(one.path, failure or "there is none")
-            try:
-                bucket, key = uploads.split(outputs[one.name])
-                with explained(f"reading {outputs[one.name]} (s3:GetObject)"):
-                    body = self.aws.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
-                return read.read(body, path=one.path, width=one.width, height=one.height)
-            except DetkitError as error:
-                return error
-
-        pool = ThreadPoolExecutor(_READERS, thread_name_prefix="answers")
-        try:
-            for one, found in zip(self.sent, pool.map(answer, self.sent), strict=True):
-                if isinstance(found, DetkitError):
-                    failed[one.path] = str(found) if one.name in outputs else failure or "no answer"
-                else:
-                    yield found
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-        if failed:
-            log = resources.last_lines(self.aws, logs.TRANSFORM, f"{self.name}/") if failure else ""
-            why = f": {failure}" if failure else ""
-            count = f"{len(failed)} of {len(self.sent)} images have no detections"
-            raise TransformFailed(f"transform {self.name}{why}. {count}:", failed, log)
+        return job
 
 
 def _check(model: Model, options: TransformOptions) -> str:
