@@ -33,9 +33,7 @@ def deploy(model: Run | Model | str | Path, *, backend: str = "sagemaker", **opt
     chosen = Settings(options, {}).choose(known, {})
     values = {name: setting.value for name, setting in chosen.items()}
     origins = {name: setting.origin for name, setting in chosen.items()}
-    return place.deploy(
-        find_model(model), set_fields(place.deploy_options(), values, kind="option", origins=origins)
-    )
+    return place.deploy(find_model(model), set_fields(place.deploy_options(), values, kind="option", origins=origins))
 
 
 def list_endpoints(backend: str | None = None, **options: Any) -> list[Endpoint]:

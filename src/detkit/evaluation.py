@@ -289,7 +289,7 @@ def _kept_test_images(models: Mapping[str, Model | None]) -> tuple[Dataset, list
     kept: dict[str, tuple[Dataset, list[str]]] = {}
     for name, model in models.items():
         if model is not None:
-            kept[name] = _kept_by(model)
+            kept[name] = kept_test_images(model)
     if not kept:
         raise UsageError("predictions are scored against a data set; name it, e.g. `detkit evaluate FILE DATA:test`")
     first = next(iter(kept))
@@ -305,8 +305,11 @@ def _kept_test_images(models: Mapping[str, Model | None]) -> tuple[Dataset, list
     return data, digests
 
 
-def _kept_by(model: Model) -> tuple[Dataset, list[str]]:
-    """Return the test images of a run; raise `InvalidData` where they are no longer what the run was given."""
+def kept_test_images(model: Model) -> tuple[Dataset, list[str]]:
+    """Return the test images that a run kept aside, and the sha256 of each file.
+
+    Raises `UsageError` where it kept none, and `InvalidData` where they are no longer what the run was given.
+    """
     workspace = Workspace(model.path.absolute().parent)
     data = workspace.dataset("test")
     if data is None:

@@ -56,6 +56,8 @@ def choose_images(
     is validated on. There are none where the parent takes modules of the user's that are not the ``code`` of the new
     run, as one process scores both models.
     """
+    if not parent.manifest.engine:
+        return f"no forgetting table: {parent.path} answers only where it was trained"
     if parent.manifest.code not in (None, code):
         return f"no forgetting table: {parent.path} takes other code than this run has"
     shared = [name for name in classes if name in parent.classes]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from detkit import plugins
-from detkit.backends import Backend, ModelSpec
+from detkit.backends import Backend, LocalBackend, ModelSpec
 from detkit.errors import UnknownName, UsageError, did_you_mean
 from detkit.params import INSTEAD, Options, Params, nullable, set_fields
 from detkit.rehearsal import Rehearsal, refuse_contradictions, rehearse, weights_by_path
@@ -81,7 +81,9 @@ def resolve(layers: Settings) -> Resolved:
 def _choose(model: Setting | None, backend: Setting | None) -> tuple[str, Backend, str]:
     wanted = "auto" if model is None else str(model.value)
     if wanted == "auto":
-        candidates = [plugins.backend(str(backend.value))] if backend else list(plugins.backends().values())
+        # What is elsewhere, and paid for, is never chosen unless it is named.
+        here = [found for found in plugins.backends().values() if isinstance(found, LocalBackend)]
+        candidates: list[Backend] = [plugins.backend(str(backend.value))] if backend else [*here]
         for candidate in candidates:
             suggestion = candidate.suggest()
             if suggestion is not None:

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import pytest
 
+import detkit
 from detkit.backends import PredictOptions
 from detkit.errors import DetkitWarning, MissingSettings, Unsupported, UsageError
 from detkit.images import read_image
@@ -25,6 +26,7 @@ from detkit_sagemaker import endpoints, resources
 from detkit_sagemaker.aws import Aws, AwsError, CredentialsExpired, QuotaExceeded
 from detkit_sagemaker.deployment import DeploymentFailed, ScheduleRefused, deploy, plan_deployment
 from detkit_sagemaker.endpoints import find_endpoint, list_endpoints, remove
+from detkit_sagemaker.hosting import container_of, pack
 from detkit_sagemaker.invoking import EndpointDetector, ImageRefused
 from detkit_sagemaker.ledger import Ledger
 from detkit_sagemaker.options import DeployOptions
@@ -264,6 +266,38 @@ def test_aws_s_own_model_answers_with_our_classes(account: Simulator, trained: T
     wait_until(lambda: is_clean(account))
 
 
+def test_a_model_takes_its_own_code_along(account: Simulator, trained: Trained, tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "my_loss.py").write_text("print('my_loss is here', flush=True)\n")
+    train, val = trained.data.split(0.75, 0.25, seed=0)
+    trainer = detkit.Trainer(model="echo/memory", epochs=1, code=str(code), imports="my_loss")
+    run = trainer.fit(train, val, name=str(tmp_path / "run"), quiet=True)
+    with deploy(run.model, options(account), account_of()) as endpoint, endpoint.open(ALL) as detector:
+        assert len(list(detector.predict(trained.data.paths))) == len(trained.data)
+        group = f"/aws/sagemaker/Endpoints/{endpoint.name}"
+        assert "my_loss is here" in resources.last_lines(account_of(), group, "all/")
+    wait_until(lambda: is_clean(account))
+
+
+def test_in_another_region_aws_s_model_gets_the_image_of_that_region(account: Simulator, aws_model: Model) -> None:
+    there = container_of(aws_model, Aws("eu-west-1"), "s3://bucket/detkit", None)
+    assert there.image == "685385470294.dkr.ecr.eu-west-1.amazonaws.com/object-detection:1"
+    assert list(there.to_upload) == ["model.tar.gz"]
+    place = json.loads((aws_model.path / "aws.json").read_bytes())
+    (aws_model.path / "aws.json").write_text(json.dumps({**place, "kind": "jumpstart"}))
+    with pytest.raises(UsageError, match="trained in us-east-1"):
+        container_of(aws_model, Aws("eu-west-1"), "s3://bucket/detkit", None)
+
+
+def test_the_same_files_make_the_same_archive(trained: Trained, tmp_path: Path) -> None:
+    files = {path.name: path for path in trained.model.path.iterdir()}
+    first = pack(files, tmp_path / "a.tar.gz").read_bytes()
+    for path in files.values():
+        os.utime(path)
+    assert pack(dict(reversed(files.items())), tmp_path / "b.tar.gz").read_bytes() == first
+
+
 def test_only_what_is_detkit_s_and_one_s_own_or_over_is_listed_and_removed(
     account: Simulator, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +331,7 @@ def test_only_what_is_detkit_s_and_one_s_own_or_over_is_listed_and_removed(
         assert remove(account_of()) == []
     client.add_tags(ResourceArn=endpoint.arn, Tags=[{"Key": "detkit:expires", "Value": "2020-01-01T00:00:00Z"}])
     assert remove(account_of(), expired=True) == [endpoint.name]
-    assert account.live("model") == ["detkit-left-0000"]  # it may just be used
+    assert account.live("model") == ["detkit-left-0000"]  # it may be under way
     monkeypatch.setattr(endpoints, "_SETTLED_S", 0.0)
     assert remove(account_of(), expired=True) == ["detkit-left-0000"]
     wait_until(lambda: account.live() == ["detkit-theirs", "theirs"])

@@ -28,7 +28,7 @@ def table(options: type[msgspec.Struct]) -> str:
 def shown(name: str, value: object) -> str:
     if name in {"max_runtime", "max_wait", "ttl"} and isinstance(value, int):
         return f"`{duration(value)}`"
-    if value is None or value == () or value == {}:
+    if value is None or (isinstance(value, (tuple, dict)) and not value):
         return "none"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

@@ -23,9 +23,8 @@ from detkit.errors import DetkitWarning, RunFailed, UsageError
 from detkit.testing import tiny_dataset
 from detkit_sagemaker import runs
 from detkit_sagemaker.aws import AccessDenied, Aws, CredentialsExpired
+from detkit_sagemaker.backend import SagemakerBackend
 from detkit_sagemaker.ledger import Ledger
-from detkit_sagemaker.options import TransformOptions
-from detkit_sagemaker.rescoring import transform
 from detkit_sagemaker.testing import Simulator
 from detkit_sagemaker.testing.faults import DropConnection
 
@@ -121,6 +120,12 @@ def not_trusted() -> str:
     return str(role["Role"]["Arn"])
 
 
+def quota(aws: Simulator, use: str, **settings: Any) -> dict[str, Any]:
+    """Let there be no machine for a use, and return the settings that want one."""
+    aws.faults.quota(f"ml.g4dn.xlarge for {use} usage", 0)
+    return settings
+
+
 REFUSED: dict[str, tuple[Callable[[Simulator], dict[str, Any]], str]] = {
     "bucket": (lambda aws: {"output": "s3://not-there/x"}, "there is no bucket not-there; `aws s3 mb s3://not-there"),
     "role": (
@@ -138,11 +143,11 @@ REFUSED: dict[str, tuple[Callable[[Simulator], dict[str, Any]], str]] = {
         "mx-central-1",
     ),
     "quota": (
-        lambda aws: aws.faults.quota("ml.g4dn.xlarge for training job usage", 0) or {},
+        lambda aws: quota(aws, "training job"),
         "quota 'ml.g4dn.xlarge for training job usage' is 0, and 1 are needed; ask for more .*instance_type",
     ),
     "spot's quota": (
-        lambda aws: aws.faults.quota("ml.g4dn.xlarge for spot training job usage", 0) or {"spot": True},
+        lambda aws: quota(aws, "spot training job", spot=True),
         "'ml.g4dn.xlarge for spot training job usage' is 0",
     ),
 }
@@ -193,15 +198,9 @@ def test_no_capacity_and_then_again(aws: Simulator, data: Dataset) -> None:
     assert Ledger.of(Aws()).pending() == []
 
 
-def write_code(folder: Path, text: str) -> Path:
-    folder.mkdir()
-    (folder / "my_own.py").write_text(text)
-    return folder
-
-
 def test_what_the_engine_says_in_failing_arrives(aws: Simulator, data: Dataset, tmp_path: Path) -> None:
-    code = write_code(
-        tmp_path / "src",
+    code = tmp_path / "my_own.py"
+    code.write_text(
         "from detkit_echo import engine\n"
         "def broken(image):\n"
         "    print('looking at', image.shape, flush=True)\n"
@@ -236,7 +235,7 @@ def test_time_that_is_over_ends_the_job(aws: Simulator, data: Dataset) -> None:
 
 
 def test_spot_goes_on_from_the_checkpoint(aws: Simulator, data: Dataset) -> None:
-    run = trainer(aws, "slow:latest", epochs=8, spot=True).start(data, data, name="spot")
+    run = trainer(aws, "slow:latest", epochs=12, spot=True).start(data, data, name="spot")
     checkpoints = f"detkit/checkpoints/{job_of(run)}/"
 
     def kept() -> bool:
@@ -247,7 +246,7 @@ def test_spot_goes_on_from_the_checkpoint(aws: Simulator, data: Dataset) -> None
     aws.faults.interrupt_spot(job_of(run))
     run.wait()
     assert "Interrupted" in messages(run)
-    whole = Trainer(model="echo/memory", epochs=8).fit(data, data, name="whole", quiet=True)
+    whole = Trainer(model="echo/memory", epochs=12).fit(data, data, name="whole", quiet=True)
     assert run.model.manifest.artifacts[MODEL] == whole.model.manifest.artifacts[MODEL]
     assert [row["step"] for row in run.history] == [row["step"] for row in whole.history]
 
@@ -295,6 +294,24 @@ def test_an_answer_that_gets_lost(when: str, aws: Simulator, data: Dataset) -> N
     assert [operation for operation, _ in aws.created[before:]] == ["CreateTrainingJob"]
 
 
+def test_an_answer_that_gets_lost_with_the_credentials(aws: Simulator, data: Dataset) -> None:
+    """Nobody can tell whether there is a job; the error names it, and what would follow it."""
+
+    def expire() -> None:
+        aws.faults.expire_tokens()
+        raise DropConnection
+
+    aws.faults.crash_after("CreateTrainingJob", expire)
+    with pytest.raises(CredentialsExpired, match=r"`detkit runs attach detkit-lost-.* --backend sagemaker` follows it"):
+        trainer(aws).fit(data, data, name="lost")
+    aws.faults.clear()
+    assert listed() == {}
+    name = aws.created[-1][1]["TrainingJobName"]
+    assert [entry.name for entry in Ledger.of(Aws()).pending()] == [name]
+    assert SagemakerBackend().recover(name, {}).wait().status == "finished"
+    assert listed() == {name: "finished"}
+
+
 def test_ctrl_c_at_the_start_leaves_no_job(aws: Simulator, data: Dataset) -> None:
     aws.faults.slow(0.5)
     aws.faults.crash_after("CreateTrainingJob", lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -306,7 +323,7 @@ def test_ctrl_c_at_the_start_leaves_no_job(aws: Simulator, data: Dataset) -> Non
     assert boto3.client("sagemaker").describe_training_job(TrainingJobName=name)["TrainingJobStatus"] == "Stopped"
 
 
-def train_and_be_killed(aws: Simulator, coco: Path, name: str, operation: str, when: str, calls: int = 1) -> None:
+def train_and_be_killed(aws: Simulator, coco: Path, name: str, *, when: str, operation: str, calls: int = 1) -> None:
     """Let a process train that is killed at the n-th call of an operation, before or after that was done."""
     words = ["train", str(coco), str(coco), "--backend", "sagemaker", "--model", "echo/memory", "--name", name]
     words += ["--role", aws.role, "--image-uri", aws.image("detkit:latest"), "--yes"]
@@ -335,7 +352,7 @@ def test_killed_while_uploading_sends_only_what_is_missing(aws: Simulator, tmp_p
         return {item["Key"] for page in pages for item in page.get("Contents", [])}
 
     before = there()
-    train_and_be_killed(aws, tmp_path / "coco", "cut", "PutObject", "after", calls=8)
+    train_and_be_killed(aws, tmp_path / "coco", "cut", when="after", operation="PutObject", calls=8)
     time.sleep(0.5)  # what was under way arrives
     first = there() - before
     assert 8 <= len(first) < 24
@@ -347,7 +364,7 @@ def test_killed_while_uploading_sends_only_what_is_missing(aws: Simulator, tmp_p
 
 
 def test_killed_before_the_job_is_created(aws: Simulator, coco: Path) -> None:
-    train_and_be_killed(aws, coco, "killed", "CreateTrainingJob", "before")
+    train_and_be_killed(aws, coco, "killed", when="before", operation="CreateTrainingJob")
     name = job_of("killed")
     assert [entry.name for entry in Ledger.of(Aws()).pending()] == [name]
     assert listed() == {"killed": "interrupted"}
@@ -359,7 +376,7 @@ def test_killed_before_the_job_is_created(aws: Simulator, coco: Path) -> None:
 
 
 def test_killed_after_the_job_is_created(aws: Simulator, coco: Path) -> None:
-    train_and_be_killed(aws, coco, "killed", "CreateTrainingJob", "after")
+    train_and_be_killed(aws, coco, "killed", when="after", operation="CreateTrainingJob")
     name = job_of("killed")
     assert [entry.name for entry in Ledger.of(Aws()).pending()] == [name]
     assert set(listed()) == {"killed"}
@@ -367,21 +384,17 @@ def test_killed_after_the_job_is_created(aws: Simulator, coco: Path) -> None:
     assert Ledger.of(Aws()).pending() == []
 
 
-# Code of the user's own.
-
-
-def test_code_travels_to_training_and_transform(aws: Simulator, data: Dataset, tmp_path: Path) -> None:
-    code = write_code(
-        tmp_path / "src",
-        "from detkit_echo import engine\n"
-        "print('hello from my_own', flush=True)\n"
-        "before = engine.thumbnail\n"
-        "engine.thumbnail = lambda image: before(image) * 0.5\n",
-    )
-    run = trainer(aws, code=code, imports=["my_own"], epochs=8).fit(data, data, name="there", quiet=True)
-    assert "hello from my_own" in run.workspace.log_file.read_text()
-    here = Trainer(model="echo/memory", code=code, imports=["my_own"], epochs=8).fit(data, data, name="here", quiet=True)
-    assert run.model.manifest.artifacts[MODEL] == here.model.manifest.artifacts[MODEL]
-    options = TransformOptions(role=aws.role, image_uri=aws.image("detkit:latest"), yes=True)
-    assert transform(run.model, data, options) == (len(data), len(data))
-    assert detkit.evaluate(run, data, allow_seen=True)["AP50"] > 0.85, "answers that this process has not made"
+def test_killed_while_the_model_comes(aws: Simulator, data: Dataset) -> None:
+    run = trainer(aws).start(data, data, name="killed")
+    aws.wait()
+    attach = [sys.executable, "-m", "detkit.cli", "runs", "attach", "killed"]
+    with subprocess.Popen(attach, stderr=subprocess.PIPE) as process:
+        aws.faults.crash_after("GetObject", process.kill)
+        assert process.wait(60) == -signal.SIGKILL
+    assert any(run.path.glob(".model-*"))
+    assert not any(run.workspace.model.iterdir())
+    assert subprocess.run(attach, capture_output=True, check=False).returncode == 0
+    assert not any(run.path.glob(".model-*"))
+    assert listed() == {"killed": "finished"}
+    steps = [row["step"] for row in run.history if "train/loss" in row]
+    assert steps == sorted(set(steps))

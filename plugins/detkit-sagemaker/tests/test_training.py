@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 import detkit
 from detkit import Dataset, Trainer, open_run
+from detkit.backends import Suggestion
 from detkit.errors import MissingSettings, RunFailed, Unsupported, UsageError
 from detkit.runs import Run
 from detkit.testing import tiny_dataset
@@ -81,7 +83,7 @@ def test_our_container_is_trained_and_opened_here(simulator: Simulator, data: Da
 def test_aws_own_models_are_scored_like_any(
     model: str, settings: dict[str, object], simulator: Simulator, data: Dataset
 ) -> None:
-    run = trainer(simulator, model, max_cost=5, **settings).fit(data, data, name="aws")
+    run = trainer(simulator, model, max_cost=5, **settings).fit(data, data, data, name="aws")
     assert run.model.name == f"sagemaker/{model}"
     assert any(name.startswith("aws/") for name in run.metrics)
     with pytest.raises(Unsupported, match="detkit sagemaker transform"):
@@ -89,8 +91,8 @@ def test_aws_own_models_are_scored_like_any(
     with pytest.raises(detkit.DetkitError, match="SEEN|seen"):
         detkit.evaluate(run, data)
     options = TransformOptions(role=simulator.role, yes=True)
-    assert transform(run.model, data, options) == (len(data), len(data))
-    assert transform(run.model, data, options) == (0, len(data))
+    assert transform(run.model, None, options) == (len(data), len(data)), "the test images that were kept aside"
+    assert transform(run.model, data, options) == (0, len(data)), "which are known now"
     local = Trainer(model="echo/memory").fit(data, data, name="local")
     compared = detkit.compare({"aws": run, "local": local}, data, allow_seen=True)
     assert compared["aws"]["AP50"] > 0.5
@@ -115,6 +117,16 @@ def test_nothing_paid_starts_unsaid(simulator: Simulator, data: Dataset) -> None
     again = trainer(simulator).plan(data, data)
     assert again.uploads is not None
     assert again.uploads["bytes"] == 0
+
+
+def test_it_is_never_chosen_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever names no backend trains here, also where SageMaker has a model to suggest."""
+    monkeypatch.setattr(SagemakerBackend, "suggest", lambda _: Suggestion("object-detection", "at AWS"))
+    assert Trainer(backend="sagemaker").explain().backend == "sagemaker"
+    chosen = ""
+    with contextlib.suppress(UsageError):  # nothing that is installed beside it suggests a model
+        chosen = Trainer().explain().backend
+    assert chosen != "sagemaker"
 
 
 def test_cost_ends_the_job(simulator: Simulator, data: Dataset) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -109,7 +110,7 @@ def test_three_ways_one_report_and_nothing_left(aws: Simulator, tmp_path: Path) 
     endpoint = detkit.deploy(runs["ours"], ttl="1h", role=aws.role, image_uri=ours_image, max_cost=1)
     pictures = [read_image(path) for path in test.paths]
     floor = PredictOptions(score_threshold=0.1)
-    with endpoint.open(floor) as detector:
+    with contextlib.closing(endpoint.open(floor)) as detector:
         there = detector.detect(pictures)
     with detkit.Predictor(runs["local"], score_threshold=0.1) as predictor:
         for one, other in zip(there, predictor.predict(test), strict=True):
@@ -120,6 +121,26 @@ def test_three_ways_one_report_and_nothing_left(aws: Simulator, tmp_path: Path) 
     assert len(remove_all()) == 2
     assert remove_all() == []
     assert_nothing_lives(aws)
+
+
+def test_code_travels_to_training_and_transform(aws: Simulator, tmp_path: Path) -> None:
+    data, code = tiny_dataset(tmp_path / "pictures"), tmp_path / "my_own.py"
+    code.write_text(
+        "from detkit_echo import engine\n"
+        "print('hello from my_own', flush=True)\n"
+        "before = engine.thumbnail\n"
+        "engine.thumbnail = lambda image: before(image) * 0.5\n",
+    )
+    settings: dict[str, Any] = {"code": code, "imports": ["my_own"], "epochs": 8}
+    run = trainer(aws, "echo/memory", image_uri=aws.image("detkit:latest"), **settings).fit(
+        data, data, name="there", quiet=True
+    )
+    assert "hello from my_own" in run.workspace.log_file.read_text()
+    here = Trainer(model="echo/memory", **settings).fit(data, data, name="here", quiet=True)
+    assert run.model.manifest.artifacts["memory.npz"] == here.model.manifest.artifacts["memory.npz"]
+    options = TransformOptions(role=aws.role, image_uri=aws.image("detkit:latest"), yes=True)
+    assert transform(run.model, data, options) == (len(data), len(data))
+    assert detkit.evaluate(run, data, allow_seen=True)["AP50"] > 0.85, "answers that this process has not made"
 
 
 WHOLE_WAY = """
@@ -137,8 +158,9 @@ trainer.plan(data, data)
 run = trainer.fit(data, data, name="heard", quiet=True)
 transform(run.model, data, TransformOptions(role=role, image_uri=image, yes=True))
 with detkit.deploy(run, ttl="1h", role=role, image_uri=image, yes=True) as endpoint:
-    with endpoint.open(PredictOptions()) as detector:
-        detector.detect([read_image(path) for path in data.paths])
+    detector = endpoint.open(PredictOptions())
+    detector.detect([read_image(path) for path in data.paths])
+    detector.close()
 print("done")
 """
 
@@ -184,7 +206,11 @@ def test_looking_creates_nothing(aws: Simulator, tmp_path: Path) -> None:
     assert done.stdout == "False\n"
     assert len(aws.calls) == before
     data, created = tiny_dataset(tmp_path / "pictures"), aws.created
-    ways = {"object-detection": {"mini_batch_size": 4}, JUMPSTART: {}, "echo/memory": {"image_uri": "docker.io/it"}}
+    ways: dict[str, dict[str, Any]] = {
+        "object-detection": {"mini_batch_size": 4},
+        JUMPSTART: {},
+        "echo/memory": {"image_uri": "docker.io/it"},
+    }
     for model, more in ways.items():
         assert trainer(aws, model, **more).plan(data, data).requests
     calls = set(aws.calls[before:])
@@ -201,12 +227,12 @@ def test_a_real_engine_goes_the_whole_way(aws: Simulator, tmp_path: Path) -> Non
     data = detkit.read_dataset(write_shapes(tmp_path / "shapes", num_images=24))
     train, val, test = data.split(0.6, 0.2, 0.2, seed=0)
     image = aws.image("detkit:latest")
-    settings = {"image_size": 64, "iterations": 6, "batch_size": 2, "seed": 3}
+    settings: dict[str, Any] = {"image_size": 64, "iterations": 6, "batch_size": 2, "seed": 3}
     run = trainer(aws, "torchvision/fcos_tiny", image_uri=image, **settings).fit(train, val, name="there")
     here = Trainer(model="torchvision/fcos_tiny", device="cpu", **settings).fit(train, val, name="here")
     assert run.model.name == here.model.name == "torchvision/fcos_tiny"
-    losses = [[row["train/loss"] for row in one.history if "train/loss" in row] for one in (run, here)]
-    assert np.allclose(*losses, rtol=1e-3)
+    losses, same = ([row["train/loss"] for row in one.history if "train/loss" in row] for one in (run, here))
+    assert losses == pytest.approx(same, rel=1e-3)
     answers: dict[str, Any] = {}
     floor = 0.01
     with detkit.Predictor(run, score_threshold=floor, device="cpu") as predictor:
@@ -215,7 +241,7 @@ def test_a_real_engine_goes_the_whole_way(aws: Simulator, tmp_path: Path) -> Non
     assert transform(run.model, test, options) == (len(test), len(test))
     with (
         detkit.deploy(run, ttl="1h", role=aws.role, image_uri=image, yes=True) as endpoint,
-        endpoint.open(PredictOptions(score_threshold=floor)) as detector,
+        contextlib.closing(endpoint.open(PredictOptions(score_threshold=floor))) as detector,
     ):
         answers["endpoint"] = detector.detect([read_image(path) for path in test.paths])
     for one, other in zip(answers["here"], answers["endpoint"], strict=True):

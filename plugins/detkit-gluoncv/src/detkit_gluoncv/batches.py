@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 def to_input(images: Sequence[Image], image_size: int, context: Any) -> Any:
     """Return ``(h, w, 3)`` uint8 images as one ``(b, 3, size, size)`` normalised array; shapes are not kept."""
-    return normalise([_resize(mx.nd.array(image, dtype="uint8"), image_size, _BEST) for image in images], context)
+    return normalise([resize(mx.nd.array(image, dtype="uint8"), image_size, _BEST) for image in images], context)
 
 
 def normalise(resized: Sequence[Any], context: Any) -> Any:
@@ -91,7 +91,7 @@ def change(
         boxes, area = random_crop_with_constraints(boxes, (width, height))
         pixels = mx.image.fixed_crop(pixels, *area)
     height, width, _ = pixels.shape
-    pixels = _resize(pixels, image_size, np.random.randint(0, 5) if names else _BEST)
+    pixels = resize(pixels, image_size, np.random.randint(0, 5) if names else _BEST)
     boxes = box_transforms.resize(boxes, (width, height), (image_size, image_size))
     if "hflip" in names:
         pixels, (flipped, _) = image_transforms.random_flip(pixels, px=0.5)
@@ -121,7 +121,7 @@ class Targets:
         return classes, offsets
 
 
-def _resize(pixels: Any, image_size: int, interpolation: int) -> Any:
+def resize(pixels: Any, image_size: int, interpolation: int) -> Any:
     if pixels.shape[:2] == (image_size, image_size):
         return pixels
     return image_transforms.imresize(pixels, image_size, image_size, interp=interpolation)

@@ -90,21 +90,41 @@ class SsdDetector:
         return np.asarray(best.reshape((len(images), -1, 6)).asnumpy(), dtype=np.float64)
 
     def _detections(self, rows: np.ndarray, image: Image) -> Detections:
-        height, width = image.shape[:2]
-        corners = np.array([width, height, width, height], dtype=np.float64)
-        boxes = np.clip(np.nan_to_num(rows[:, 2:]) * (corners / self._image_size), 0, corners)
-        # A network that has learned little yet also finds boxes outside of the image.
-        keep = (rows[:, 0] >= 0) & (rows[:, 1] >= self._score_threshold) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-        order = np.flatnonzero(keep)[np.argsort(-rows[keep, 1], kind="stable")][: self._max_detections]
-        return Detections(
-            path="",
-            width=width,
-            height=height,
-            classes=self._classes,
-            boxes=boxes[order],
-            labels=rows[order, 0].astype(np.int64),
-            scores=rows[order, 1],
+        return to_detections(
+            rows,
+            image,
+            self._classes,
+            sides=self._image_size,
+            score_threshold=self._score_threshold,
+            max_detections=self._max_detections,
         )
 
     def close(self) -> None:
         self._net = None
+
+
+def to_detections(
+    rows: np.ndarray,
+    image: Image,
+    classes: tuple[str, ...],
+    *,
+    sides: float,
+    score_threshold: float,
+    max_detections: int,
+) -> Detections:
+    """Read ``(n, 6)`` rows of label, score and corners, label -1 where there is none; the input has ``sides``."""
+    height, width = image.shape[:2]
+    corners = np.array([width, height, width, height], dtype=np.float64)
+    boxes = np.clip(np.nan_to_num(rows[:, 2:]) * (corners / sides), 0, corners)
+    # A network that has learned little yet also finds boxes outside of the image.
+    keep = (rows[:, 0] >= 0) & (rows[:, 1] >= score_threshold) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    order = np.flatnonzero(keep)[np.argsort(-rows[keep, 1], kind="stable")][:max_detections]
+    return Detections(
+        path="",
+        width=width,
+        height=height,
+        classes=classes,
+        boxes=boxes[order],
+        labels=rows[order, 0].astype(np.int64),
+        scores=rows[order, 1],
+    )

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from detkit.backends import Engine, PredictOptions
+from detkit.backends import Detector, Engine, PredictOptions
 from detkit.errors import Unsupported
 from detkit.job import Job, Model, Trained, Workspace
 from detkit.loop import count_cores
 from detkit_gluoncv import numpy_names  # noqa: F401 - from here on, mxnet and gluoncv can be imported
 
-if TYPE_CHECKING:
-    from detkit_gluoncv.detector import SsdDetector
+SYMBOL = "symbol"
+"""The model that stands for any network in MXNet's own format, see `detkit_gluoncv.artifacts`; nothing trains it."""
 
 
 class GluoncvEngine(Engine):
@@ -30,20 +29,21 @@ class GluoncvEngine(Engine):
         with explained_errors():
             return Training(job, workspace).run()
 
-    def load(self, model: Model, options: PredictOptions) -> SsdDetector:
+    def load(self, model: Model, options: PredictOptions) -> Detector:
         set_threads("auto")
+        from detkit_gluoncv.artifacts import open_artifact
         from detkit_gluoncv.detector import open_model
         from detkit_gluoncv.runtime import explained_errors
 
         with explained_errors():
-            return open_model(model, options)
+            return (open_artifact if model.manifest.model == SYMBOL else open_model)(model, options)
 
     def export(self, model: Model, format: str, to: Path) -> Path:
         set_threads("auto")
         from detkit_gluoncv.export import EXPORTERS
         from detkit_gluoncv.runtime import explained_errors
 
-        if format not in EXPORTERS:
+        if format not in EXPORTERS or model.manifest.model == SYMBOL:
             raise Unsupported(f"{model.name} cannot be exported to {format!r}; formats: {', '.join(EXPORTERS)}")
         with explained_errors():
             return EXPORTERS[format](model, to)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from detkit_sagemaker.container.archives import unpack
 ARCHIVE = "model.tar.gz"
 PLACE = "aws.json"
 """The file in a model's folder that says where the model lies at AWS."""
+
+_BESIDE = ".model-"
+
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
     """Where a model of AWS's own lies, and what opens it there."""
@@ -41,7 +45,9 @@ def place_of(model: Path) -> Place | None:
 
 def fetch_ours(aws: Aws, url: str, workspace: Workspace) -> None:
     """Unpack what our container left into the run's ``model/``; its manifest comes last of all."""
-    with tempfile.TemporaryDirectory(dir=workspace.path, prefix=".model-") as beside:
+    for left in workspace.path.glob(f"{_BESIDE}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=workspace.path, prefix=_BESIDE) as beside:
         archive, folder = Path(beside) / ARCHIVE, Path(beside) / "model"
         uploads.get(aws, url, archive)
         folder.mkdir()

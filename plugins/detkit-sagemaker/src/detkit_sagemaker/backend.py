@@ -13,8 +13,8 @@ import msgspec
 
 from detkit import catalog, plugins, trust
 from detkit.backends import Backend, Detector, Endpoint, PredictOptions, Suggestion
-from detkit.errors import MissingSettings, Unsupported, UsageError
-from detkit.files import lock_file, write_json
+from detkit.errors import MissingSettings, UsageError
+from detkit.files import write_json
 from detkit.job import Job, Model, Workspace
 from detkit.params import Options, Params, set_fields
 from detkit.plans import Plan
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
     from detkit_sagemaker.aws import Aws
     from detkit_sagemaker.runs import RemoteJob, SagemakerRun
     from detkit_sagemaker.submission import Submission
-
-_ANSWERS_ELSEWHERE = """\
-{name} was trained by an image of AWS's, which answers only there. It can answer
-  for many images, in a job that ends by itself:   detkit sagemaker transform {path} DATA --yes
-      (then `detkit evaluate` and `detkit compare` know what it found)
-  for single images, from an endpoint that costs:  detkit deploy {path} --ttl 2h --yes
-A model that our container trained, or this machine, answers here."""
 
 
 class SagemakerBackend(Backend):
@@ -160,7 +153,9 @@ class SagemakerBackend(Backend):
         return SagemakerRun(workspace, aws=aws, restart=self._again)
 
     def open(self, model: Model, options: PredictOptions, *, isolate: bool = False) -> Detector:
-        raise Unsupported(_ANSWERS_ELSEWHERE.format(name=model.name, path=model.path.parent))
+        from detkit_sagemaker.opening import open_here
+
+        return open_here(model, options)
 
     def deploy(self, model: Model, options: Options) -> Endpoint:
         from detkit_sagemaker.deployment import deploy
@@ -208,8 +203,10 @@ def _plan(aws: Aws, ready: Submission) -> Plan:
 @contextlib.contextmanager
 def _alone(workspace: Workspace) -> Iterator[None]:
     """Hold a run while its job is prepared, so that nobody else asks AWS for it before it is there."""
+    from detkit.worker import hold
+
     try:
-        held = lock_file(workspace.lock)
+        held = hold(workspace)
     except BlockingIOError:
         raise UsageError(f"another process is just starting or following {workspace.path}; wait for it") from None
     with held or contextlib.nullcontext():
@@ -232,7 +229,10 @@ def _put_aside(failure: Path) -> None:
 
 
 def _create(aws: Aws, request: Mapping[str, Any]) -> None:
-    """Create a training job; one that was created although its answer got lost is as good. Ctrl-C stops it again."""
+    """Create a training job. Ctrl-C stops it again.
+
+    boto3 calls again where an answer got lost, so an error does not mean that there is no job; that is asked for.
+    """
     from detkit_sagemaker import resources
     from detkit_sagemaker.aws import AwsError, explained
 
@@ -241,18 +241,14 @@ def _create(aws: Aws, request: Mapping[str, Any]) -> None:
         with explained(f"starting training job {name} (sagemaker:CreateTrainingJob)"):
             client.create_training_job(**request)
     except AwsError as error:
-        if error.code not in {"", "ResourceInUse"}:
-            raise
         try:
             with explained(f"asking for training job {name} (sagemaker:DescribeTrainingJob)"):
                 found = client.describe_training_job(TrainingJobName=name)
         except AwsError as unknown:
             if resources.is_missing(unknown):
                 raise error from None
-            raise AwsError(
-                f"{error}. it may run all the same: `detkit runs attach {name} --backend {BACKEND}` would follow it",
-                error.code,
-            ) from unknown
+            hint = f"if it runs all the same, `detkit runs attach {name} --backend {BACKEND}` follows it"
+            raise type(error)(f"{error}. {hint}", error.code) from unknown
         if found.get("InputDataConfig") != request["InputDataConfig"]:
             raise  # somebody else's, of the same name
     except KeyboardInterrupt:

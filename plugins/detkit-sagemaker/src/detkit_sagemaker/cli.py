@@ -158,10 +158,13 @@ def transform(
     context: typer.Context,
     *,
     model: ModelPlace,
-    data: Annotated[str, typer.Argument(metavar="DATA[:SPLIT]", help="The images.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[--option VALUE]", help="Such as `--instance-type ml.c5.xlarge`.", show_default=False),
+        typer.Argument(
+            metavar="[DATA[:SPLIT]] [--option VALUE]",
+            help="The images, else those that its run kept aside; options such as `--instance-type ml.c5.xlarge`.",
+            show_default=False,
+        ),
     ] = None,
     collect: Annotated[
         str | None, typer.Option(metavar="JOB", help="Take what a job found that was started with `--wait false`.")
@@ -173,23 +176,25 @@ def transform(
 ) -> None:
     """Let a model look at many images in a job at AWS that ends by itself, and keep what it found here.
 
-    `detkit evaluate`, `compare` and `predict` then know it. Images that it has looked at before are not sent.
+    `detkit evaluate` and `detkit compare` then know it. Images that it has looked at before are not sent.
     """
     from detkit.errors import UnknownName, UsageError
-    from detkit.io import read_dataset
     from detkit.params import set_fields
     from detkit.predictor import find_model
     from detkit.progress import shown
     from detkit.settings import Settings
     from detkit_sagemaker.options import TransformOptions
+    from detkit_sagemaker.rescoring import images_of
     from detkit_sagemaker.rescoring import transform as transform_dataset
     from detkit_sagemaker.transform import plan_batch, start_batch
 
     given = sort_words(
         [*(words or []), *context.args], {"json", "dry-run", "collect"}, usage="sagemaker transform MODEL DATA"
     )
-    if given.positions:
+    if len(given.positions) > 1:
         raise UsageError(f"transform takes one model, one data set and options, but got {', '.join(given.positions)}")
+    data = given.positions[0] if given.positions else None
+    again = "" if data is None else f" {shlex.quote(data)}"
     call: dict[str, Any] = {**given.settings, "yes": yes or None, "max_cost": max_cost}
     for name in call:
         if name not in TransformOptions.__struct_fields__:
@@ -203,7 +208,7 @@ def transform(
     )
     opened = find_model(model)
     if dry_run:
-        plan = plan_batch(opened, read_dataset(data).paths, options)
+        plan = plan_batch(opened, images_of(opened, data).paths, options)
         if as_json:
             messages.print_json(plan.to_dict())
         else:
@@ -211,17 +216,17 @@ def transform(
         return
     with shown():
         if not options.wait and collect is None:
-            name = start_batch(opened, read_dataset(data).paths, options, tell=messages.tell)
+            name = start_batch(opened, images_of(opened, data).paths, options, tell=messages.tell)
             if as_json:
                 messages.print_json({"job": name})
             else:
                 print(f"job    {name}")
                 place = messages.shown(opened.path.parent)
-                print(f"next:  detkit sagemaker transform {place} {shlex.quote(data)} --collect {name}")
+                print(f"next:  detkit sagemaker transform {place}{again} --collect {name}")
             return
         looked, total = transform_dataset(opened, data, options, job=collect or "", tell=messages.tell)
     if as_json:
         messages.print_json({"images": total, "looked_at": looked})
         return
     print(f"images  {total}, {total - looked} of them were known")
-    print(f"next:   detkit evaluate {messages.shown(opened.path.parent)} {shlex.quote(data)}")
+    print(f"next:   detkit evaluate {messages.shown(opened.path.parent)}{again}")

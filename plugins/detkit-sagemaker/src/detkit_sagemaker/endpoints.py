@@ -31,7 +31,7 @@ DELETES = {"": ("deleteEndpoint", "EndpointName"), "-config": ("deleteEndpointCo
 """Schedules of a deployment by what is added to its name: the operation that each calls, and its parameter."""
 
 _SETTLED_S = 3600.0
-"""What another machine made so long ago, and nothing uses, was left behind; younger, it may just be under way."""
+"""What was begun so long ago, and nothing uses, was left behind; younger, it may be under way in another process."""
 
 
 def remove_all(aws: Aws, ledger: Ledger, name: str) -> bool:
@@ -234,7 +234,8 @@ def _left_over(aws: Aws, ledger: Ledger, alive: set[str]) -> list[str]:
     abandoned, under_way, jobs = set[str](), set[str](), set[str]()
     for entry in ledger.pending():
         if entry.kind in resources.KINDS:
-            (abandoned if entry.is_abandoned else under_way).add(_stem(entry.kind, entry.name))
+            is_over = entry.is_abandoned or time.time() - entry.t > _SETTLED_S
+            (abandoned if is_over else under_way).add(_stem(entry.kind, entry.name))
             if entry.kind == "transform-job" and entry.is_abandoned:
                 jobs.add(entry.name)
     running = {record["Name"] for record in resources.names(aws, "transform-job", StatusEquals="InProgress")}

@@ -19,6 +19,7 @@ from detkit_sagemaker import artifacts, uploads
 from detkit_sagemaker.answers import Answers, Kind
 from detkit_sagemaker.aws import Aws, explained
 from detkit_sagemaker.container.training import CODE
+from detkit_sagemaker.images import builtin_image
 from detkit_sagemaker.options import AccountOptions
 
 CLASSES, KIND = "DETKIT_CLASSES", "DETKIT_ANSWERS"
@@ -113,12 +114,24 @@ def _of_aws(model: Model, place: artifacts.Place, aws: Aws, root: str) -> Contai
         url = f"{root}/models/{file_sha256(here)[:32]}/{artifacts.ARCHIVE}"
         to_upload = {} if _is_there(aws, url) else {artifacts.ARCHIVE: here}
     return Container(
-        image=place.image,
+        image=_image(place, aws.region),
         artifact=url,
         answers=Answers(kind=kind, classes=model.classes),
         environment={**place.environment, KIND: kind, **_classes(model)},
         to_upload=to_upload,
     )
+
+
+def _image(place: artifacts.Place, region: str) -> str:
+    """Return the image that opens a model of AWS's in a region. Raises `UsageError` where nobody knows it."""
+    if place.region == region:
+        return place.image
+    if place.kind == "jumpstart":
+        raise UsageError(
+            f"the model was trained in {place.region}, and which image opens it in {region} is not known; use it in "
+            f"{place.region} (--region {place.region})"
+        )
+    return builtin_image(region)
 
 
 def pack(files: Mapping[str, Path], target: Path) -> Path:

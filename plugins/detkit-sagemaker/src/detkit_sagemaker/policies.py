@@ -80,7 +80,8 @@ class Policies:
         return [
             self._jobs("DetkitTraining", "training-job", "TrainingJob"),
             _allow("DetkitLooking", ["sagemaker:List*", "sagemaker:Search", "sagemaker:DescribeHubContent"], ["*"]),
-            _allow("DetkitQuotas", ["servicequotas:ListServiceQuotas", "servicequotas:GetServiceQuota"], ["*"]),
+            _allow("DetkitQuotas", ["servicequotas:ListServiceQuotas"], ["*"]),
+            _allow("DetkitRole", ["iam:GetRole"], [self.role_arn(self.execution_role)]),
             _allow("DetkitWhoAmI", ["sts:GetCallerIdentity"], ["*"]),
             self._tags(),
             self._pass(self.execution_role, "sagemaker.amazonaws.com", "DetkitPassExecutionRole"),

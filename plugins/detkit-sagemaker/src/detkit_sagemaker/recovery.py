@@ -41,8 +41,8 @@ def recover(aws: Aws, name: str, folder: Path) -> Workspace:
         if not is_missing(error):
             raise
         raise UsageError(
-            f"there is no training job {name} in account {aws.account}, {aws.region}; `aws sagemaker list-training-jobs` "
-            "lists them, and --region names another region"
+            f"there is no training job {name} in account {aws.account}, {aws.region}; "
+            "`aws sagemaker list-training-jobs` lists them, and --region names another region"
         ) from error
     if folder.exists():
         raise RunExists(folder, "other files")

@@ -17,6 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_KEPT = "DETKIT_STAND_IN_ENGINE"
+"""What the stand-ins of AWS's images train with."""
+
 _STRIPPED = ("AWS_", "SM_", "SAGEMAKER_", "DETKIT_", "TRAINING_JOB_")
 """Variables of the simulator's own environment that no container sees."""
 
@@ -153,7 +156,7 @@ class Container:
 
 
 def _environment(command: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_STRIPPED)}
+    inherited = {name: value for name, value in os.environ.items() if name == _KEPT or not name.startswith(_STRIPPED)}
     paths = [str(Path(path).resolve()) for path in inherited.get("PYTHONPATH", "").split(os.pathsep) if path]
     if command[0] == sys.executable:
         # An image of this interpreter imports what this process can, installed or not.
