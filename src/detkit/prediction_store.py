@@ -263,7 +263,8 @@ def predict_all(
 ) -> Predicted:
     """Return what a model finds on every image of ``data``; it is opened only for images that it has not seen so.
 
-    ``digests`` are the sha256 of the image files, in order. ``fresh`` looks at every image again, and keeps that.
+    ``digests`` are the sha256 of the image files, in order. ``fresh`` looks at every image again, and keeps that. Of a
+    model that is not one of detkit's engines', only what its own place found is kept, which the place's plugin does.
     A bar, with ``doing`` beside it, is shown within `detkit.progress.shown`. Raises as `Predictor` does.
     """
     if len(digests) != len(data):
@@ -274,6 +275,9 @@ def predict_all(
     )
     with PredictionStore(model, options) as store:
         entries: list[Kept | None] = [None] * len(data) if fresh else store.get(digests)
+        elsewhere = not model.manifest.engine
+        if elsewhere and None in entries:  # what the place found is not mixed with what is found here
+            entries = [None] * len(data)
         missing = [i for i, entry in enumerate(entries) if entry is None]
         if missing:
             todo = data if len(missing) == len(data) else data.take(missing)
@@ -289,7 +293,8 @@ def predict_all(
                 found = track(_timed(predictor, todo), doing, total=len(todo))
                 for i, (detections, seconds) in zip(missing, found, strict=True):
                     entries[i] = Kept(detections, seconds, device)
-                    store.put(digests[i], detections, seconds, device)
+                    if not elsewhere:
+                        store.put(digests[i], detections, seconds, device)
     complete = [entry for entry in entries if entry is not None]
     return Predicted(
         detections=[replace(entry.detections, path=path) for entry, path in zip(complete, data.paths, strict=True)],

@@ -1,6 +1,6 @@
 """What SageMaker's MXNet images leave, opened here: archives as AWS packs them, networks as MXNet itself wrote them.
 
-The networks are this project's, see ``inside/symbols.py``; that AWS's own look like them only a real artifact can prove.
+The networks are this project's, see ``inside/symbols.py``; that AWS's look like them only a real artifact can prove.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import pytest
 
 import detkit
 from detkit.backends import PredictOptions
+from detkit.data import Sample
 from detkit.errors import DetkitWarning, InvalidData, Unsupported
-from detkit.images import read_image
 from detkit.job import Manifest, Model, WeightsOrigin
+from detkit.prediction_store import PredictionStore, predict_all
 from detkit.predictor import Predictor
+from detkit.scores import SCORE_FLOOR
 from detkit_gluoncv.graphs import Graph
 
 SIZES = {"a": (128, 128), "b": (150, 90)}
@@ -100,11 +102,13 @@ def expected(folder: Path, name: str) -> np.ndarray:
     return rows
 
 
-def check(found: detkit.Detections, rows: np.ndarray) -> None:
+def check(found: detkit.Detections, rows: np.ndarray, but: int = 0) -> None:
+    """Each detection is one of the rows, and each row is found, but for a few that a rounding may let in or out."""
     assert len(found) == len(rows)
     table = np.column_stack([found.labels, found.scores, found.boxes])
-    order, wanted = (np.lexsort(rows.round(3).T[[2, 3, 4, 5, 0, 1]]) for rows in (table, rows))
-    np.testing.assert_allclose(table[order], rows[wanted], atol=1e-3)
+    gaps = (np.abs(table[:, None] - rows[None]) * [1, 100, 1, 1, 1, 1]).max(axis=2)
+    for axis in (0, 1):
+        assert np.count_nonzero(gaps.min(axis=axis) > 0.02) <= but
 
 
 @pytest.mark.timeout(300)
@@ -133,19 +137,36 @@ def test_jumpstart(networks: Path, brought: Callable[..., Path]) -> None:
     """GluonCV's network as its ``export`` writes it."""
     with Predictor(brought(networks / "gluoncv", JUMPSTART), score_threshold=FLOOR) as predictor:
         for name in ("a", "b"):
-            check(predictor(networks / f"{name}.png"), expected(networks / "gluoncv", name))
+            check(predictor(networks / f"{name}.png"), expected(networks / "gluoncv", name), but=2)
 
 
 @pytest.mark.timeout(300)
 def test_suppression_can_be_chosen(networks: Path, brought: Callable[..., Path]) -> None:
-    counts = []
+    folder, counts = brought(networks / "plain-training"), []
     for threshold in (None, 0.1):
-        options = PredictOptions(score_threshold=FLOOR, nms_threshold=threshold, max_detections=1000)
-        folder = brought(networks / "plain-training") if threshold is None else folder
-        detector = detkit.plugins.backend("sagemaker").open(Model(folder), options)
-        counts.append(len(detector.detect([read_image(networks / "a.png")])[0]))
-        detector.close()
+        with Predictor(folder, score_threshold=FLOOR, nms_threshold=threshold, max_detections=1000) as predictor:
+            counts.append(len(predictor(networks / "a.png")))
     assert counts[1] < counts[0] / 2
+
+
+@pytest.mark.timeout(300)
+def test_what_is_found_here_is_not_taken_for_what_aws_found(
+    networks: Path, brought: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is kept, so a batch transform still asks AWS; what that found counts where it is complete."""
+    monkeypatch.setenv("DETKIT_CACHE", str(tmp_path / "cache"))
+    model = Model(brought(networks / "plain-training"))
+    images = [Sample(path=str(networks / f"{name}.png"), width=w, height=h) for name, (w, h) in SIZES.items()]
+    data, digests = detkit.Dataset.from_samples(model.classes, images), ["a" * 64, "b" * 64]
+    here = predict_all(model, data, digests)
+    first = here.detections[0]
+    with PredictionStore(model, PredictOptions(score_threshold=SCORE_FLOOR)) as store:
+        assert store.get(digests) == [None, None]
+        store.put(digests[0], first.best(1), 0.0, "SageMaker")
+    assert [len(one) for one in predict_all(model, data, digests).detections] == [len(one) for one in here.detections]
+    with PredictionStore(model, PredictOptions(score_threshold=SCORE_FLOOR)) as store:
+        store.put(digests[1], here.detections[1].best(2), 0.0, "SageMaker")
+    assert [len(one) for one in predict_all(model, data, digests).detections] == [1, 2]
 
 
 @pytest.mark.timeout(300)
@@ -156,22 +177,21 @@ def test_it_is_said_that_nobody_knows(networks: Path, brought: Callable[..., Pat
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("network", "model", "said", "message"),
+    ("network", "said", "message"),
     [
-        ("classifier", "object-detection", {}, r"no SSD of .*1 output\(s\), softmax, made by .*FullyConnected"),
-        ("operator", "object-detection", {}, "operators that SSD does not: _Native"),
-        ("torn", "object-detection", {}, "weights.params is no file of MXNet parameters, or damaged"),
-        ("plain-training", "object-detection", {"image_shape": "9"}, "image_shape is 9; expected 32 to 2048"),
-        ("plain-training", "object-detection", {"nms_topk": "all"}, "nms_topk is 'all'; expected a number"),
-        ("nothing", "object-detection", {}, "found 0; model.tar.gz holds hyperparams.json"),
-        ("nothing", JUMPSTART, {}, "found 0; model.tar.gz holds nothing"),
+        ("classifier", {}, r"no SSD of .*1 output\(s\), softmax, made by .*FullyConnected"),
+        ("operator", {}, "operators that SSD does not: _Native"),
+        ("torn", {}, "weights.params is no file of MXNet parameters, or damaged"),
+        ("plain-training", {"image_shape": "9"}, "image_shape is 9; expected 32 to 2048"),
+        ("plain-training", {"nms_topk": "all"}, "nms_topk is 'all'; expected a number"),
+        ("nothing", {}, "found 0; model.tar.gz holds hyperparams.json"),
     ],
 )
 def test_what_does_not_open(
-    networks: Path, brought: Callable[..., Path], network: str, model: str, said: dict[str, str], message: str
+    networks: Path, brought: Callable[..., Path], network: str, said: dict[str, str], message: str
 ) -> None:
     """The reason, and where the model answers."""
-    folder = brought(networks / network, model, said)
+    folder = brought(networks / network, said=said)
     with pytest.raises(Unsupported, match=message) as caught:
         Predictor(folder, score_threshold=0.5)
     assert f"detkit sagemaker transform {folder.parent}" in str(caught.value)

@@ -277,5 +277,5 @@ def test_names_are_always_what_aws_takes(text: str) -> None:
 def test_job_names_tell_the_run_and_differ_each_time() -> None:
     names = {job_name("20261121-fcos_small-1") for _ in range(20)}
     assert len(names) > 1
-    assert all(re.fullmatch(r"detkit-20261121-fcos-small-1-[0-9a-f]{4}", name) for name in names)
+    assert all(re.fullmatch(r"detkit-20261121-fcos-small-1-[0-9a-f]{8}", name) for name in names)
     assert resource_name("detkit", "x" * 80) == resource_name("detkit", "x" * 80) != resource_name("detkit", "x" * 81)

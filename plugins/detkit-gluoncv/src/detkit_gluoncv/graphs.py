@@ -16,9 +16,22 @@ import msgspec
 
 from detkit.errors import InvalidData, Unsupported
 
-OPERATORS = frozenset(
-    ["null", "_arange", "_copy", "identity", "elemwise_add", "broadcast_add", "broadcast_mul", "_mul_scalar", "_greater_scalar", "ones_like", "zeros_like", "where", "slice_axis", "slice_like", "Reshape", "Flatten", "Concat", "transpose", "Activation", "BatchNorm", "Convolution", "Dropout", "L2Normalization", "Pooling", "SoftmaxActivation", "softmax", "BlockGrad", "_contrib_MultiBoxPrior", "_contrib_box_decode", "_contrib_box_nms"]
-)
+OPERATORS = {
+    *("null", "_arange", "_copy", "identity", "elemwise_add", "broadcast_add", "broadcast_mul", "_mul_scalar"),
+    *(
+        "_greater_scalar",
+        "ones_like",
+        "zeros_like",
+        "where",
+        "slice_axis",
+        "slice_like",
+        "Reshape",
+        "Flatten",
+        "Concat",
+    ),
+    *("transpose", "Activation", "BatchNorm", "Convolution", "Dropout", "L2Normalization", "Pooling", "softmax"),
+    *("SoftmaxActivation", "BlockGrad", "_contrib_MultiBoxPrior", "_contrib_box_decode", "_contrib_box_nms"),
+}
 """What SSD takes, in MXNet's ``example/ssd`` and in GluonCV."""
 
 DETECTION, TARGET = "_contrib_MultiBoxDetection", "_contrib_MultiBoxTarget"

@@ -1,7 +1,7 @@
 """``python symbols.py FOLDER`` writes small networks as MXNet's ``example/ssd`` builds them, and what they find.
 
-Each folder has ``NAME-symbol.json`` and ``NAME-0000.params``; ``found.json`` has the rows, class, score and corners, that
-MXNet alone gives for the deployed network and the images ``a.png`` and ``b.png``, as SageMaker's notebooks ask it.
+Each folder has ``NAME-symbol.json`` and ``NAME-0000.params``; ``found.json`` has the rows, class, score and corners,
+that MXNet alone gives for the deployed network and the images ``a.png`` and ``b.png``, as SageMaker's notebooks ask it.
 """
 
 from __future__ import annotations
@@ -146,12 +146,16 @@ def write_gluoncv(folder: Path, images: dict[str, Path]) -> None:
     mx.random.seed(3)
     net = get_model("ssd_300_mobilenet0.25_custom", classes=["disc", "square"], pretrained_base=False)
     net.initialize()
-    for _ in range(20):  # running means of what comes through, which a pass backward writes down
+    net(mx.nd.zeros((1, 3, 300, 300)))
+    for variance in net.collect_params(".*running_var").values():
+        variance.set_data(mx.nd.zeros(variance.shape))
+    for _ in range(40):  # running means of what comes through, which a pass backward writes down
+        patches = mx.nd.random.normal(shape=(4, 3, 9, 9))
         with mx.autograd.record():
-            classes = net(
-                mx.nd.contrib.BilinearResize2D(mx.nd.random.normal(shape=(4, 3, 20, 20)), height=300, width=300)
-            )[0]
+            classes = net(mx.nd.contrib.BilinearResize2D(patches, height=300, width=300))[0]
         classes.backward()
+    for parameter in net.collect_params(".*predictor.*weight").values():
+        parameter.set_data(parameter.data() * 0.1)
     net.hybridize()
     transform, found = SSDDefaultValTransform(300, 300), {}
     for name, image in images.items():

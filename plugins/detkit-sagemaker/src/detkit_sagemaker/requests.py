@@ -64,8 +64,8 @@ class Channel:
 
 
 def job_name(run_name: str) -> str:
-    """Return a new name that AWS takes, of at most 63 characters: ``detkit-<run name>-<4 hex digits>``."""
-    return f"detkit-{_cleaned(run_name, _NAME_LENGTH - 12)}-{secrets.token_hex(2)}"
+    """Return a new name that AWS takes, of at most 63 characters: ``detkit-<run name>-<8 hex digits>``."""
+    return f"detkit-{_cleaned(run_name, _NAME_LENGTH - 16)}-{secrets.token_hex(4)}"
 
 
 def resource_name(*parts: str) -> str:
