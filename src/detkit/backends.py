@@ -223,6 +223,10 @@ class Backend(ABC):
         """Let a finished model answer. With `deploy_options` only."""
         raise Unsupported(f"backend {self.name!r} deploys nothing")
 
+    def plan_deployment(self, model: Model, options: Options) -> Plan:
+        """Return what `deploy` would do with the same. Creates nothing, costs nothing."""
+        raise Unsupported(f"backend {self.name!r} deploys nothing")
+
     def endpoints(self, options: Mapping[str, Any]) -> Sequence[Endpoint]:
         """Return what detkit deployed, wherever from, and is there now. ``options`` are some of `deploy`'s."""
         return ()

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 MEGABYTE = 1_000_000
+
+
+def to_cents(amount: float) -> float:
+    """Return US dollars in whole cents, rounded up and at least one: an amount that is enough.
+
+    >>> to_cents(0.2301), to_cents(0.23), to_cents(0.0)
+    (0.24, 0.23, 0.01)
+    """
+    return max(math.ceil(amount * 100 - 1e-6), 1) / 100
+
+
+def _time(seconds: float) -> str:
+    """Return a time in plain hours, or minutes where it is less than one."""
+    return f"{round(seconds / 3600, 2):g} h" if seconds >= 3600 else f"{round(seconds / 60, 1):g} min"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +88,11 @@ class Plan:
                 + (f", {there / MEGABYTE:.1f} MB are there already" if there else "")
             )
         if self.worst_case_s is not None:
-            lines.append(f"time       at most {self.worst_case_s / 3600:.2g} h, then the job is ended")
+            lines.append(f"time       at most {_time(self.worst_case_s)}, then the job is ended")
         if self.worst_case_cost is not None:
+            most = to_cents(self.worst_case_cost)
             lines.append(
-                f"cost       at most {self.worst_case_cost:.2f} USD, {self.price_per_hour:.3g} USD/h; an estimate: "
-                f"{self.price_source}"
+                f"cost       at most {most:.2f} USD, {self.price_per_hour:.3g} USD/h; an estimate: {self.price_source}"
             )
         elif self.requests:
             lines.append("cost       unknown: " + (self.price_source or "there is no price for this machine"))

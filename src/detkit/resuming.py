@@ -86,7 +86,8 @@ def go_on(
         _announce(workspace, run, longer, epoch, f"{shown}; the worker " + life(leash))
         return backend.start(longer, workspace, leash=leash), 0
     except BaseException:
-        shutil.rmtree(workspace.path, ignore_errors=True)  # `create` made it, and nothing half-written may stay
+        if not workspace.run_file.is_file():  # else it was begun, and may go on elsewhere
+            shutil.rmtree(workspace.path, ignore_errors=True)  # `create` made it, and nothing half-written may stay
         raise
 
 

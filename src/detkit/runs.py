@@ -169,6 +169,17 @@ class Run(ABC):
                 return
             time.sleep(_POLL_S)
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Let one at a time in, where the file system knows locks. The folder stays, while run.json is replaced."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
     def __repr__(self) -> str:
         numbers = ", ".join(f"{n} {v:.3f}" for n, v in sorted(self.metrics.items()) if n.endswith("AP"))
         model = f"{self.job.backend}/{self.job.model}"
@@ -323,17 +334,6 @@ class LocalRun(Run):
             self._process.wait()
             if self._process.stdin is not None:
                 self._process.stdin.close()
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Let one at a time in, where the file system knows locks. The folder stays, while run.json is replaced."""
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):
-                fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(folder)
 
     def _refuse_other_worker(self) -> None:
         """Raise `UsageError` where a worker that run.json does not name is at work, such as one started by hand."""

@@ -116,7 +116,8 @@ class Trainer:
             _announce(workspace, ready.resolved, ready.told, leash)
             return ready.resolved.backend.start(ready.job, workspace, leash=leash)
         except BaseException:
-            shutil.rmtree(workspace.path, ignore_errors=True)
+            if not workspace.run_file.is_file():  # else it was begun, and may go on elsewhere
+                shutil.rmtree(workspace.path, ignore_errors=True)
             raise
 
     def plan(

@@ -212,7 +212,7 @@ def test_without_an_environment_the_command_is_named(
 ) -> None:
     monkeypatch.delenv("DETKIT_PYTHON_GLUONCV", raising=False)
     monkeypatch.setenv("DETKIT_ENVIRONMENTS", str(tmp_path / "none"))
-    with pytest.raises(Unsupported, match=r"answers only there(.|\n)*`detkit backends install gluoncv` lets it open"):
+    with pytest.raises(Unsupported, match=r"answers only there(.|\n)*open it here: .*detkit backends install"):
         Predictor(brought(tmp_path), score_threshold=0.5)
 
 

@@ -15,11 +15,18 @@ import detkit
 from detkit import Dataset
 from detkit.job import Model
 from detkit.testing import tiny_dataset
+from detkit_sagemaker import runs
 from detkit_sagemaker.artifacts import Place
 from detkit_sagemaker.testing import Simulator
 from detkit_sagemaker.testing.fixtures import simulator, simulator_images
 
 __all__ = ["simulator", "simulator_images"]
+
+
+@pytest.fixture(autouse=True)
+def no_lag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulated log is whole when a job has ended."""
+    monkeypatch.setattr(runs, "_LAG_S", 0.0)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import boto3
 import pytest
+from PIL import Image
 
-from detkit import write_dataset
+from detkit import Dataset, Sample, write_dataset
 from detkit_sagemaker.cli import app
 from detkit_sagemaker.testing import Simulator
 
@@ -37,11 +37,20 @@ class Typed:
         self.out = self.err = ""
 
     def __call__(self, *words: str) -> int:
+        return self._type(app, "detkit sagemaker", words)
+
+    def root(self, *words: str) -> int:
+        """Type a verb of ``detkit`` itself."""
+        from detkit.cli import app as detkit
+
+        return self._type(detkit, "detkit", words)
+
+    def _type(self, verbs: Any, name: str, words: tuple[str, ...]) -> int:
         from detkit.cli import messages
         from detkit.errors import DetkitError
 
         try:
-            app(list(words), prog_name="detkit sagemaker", standalone_mode=False)
+            verbs(list(words), prog_name=name, standalone_mode=False)
             code = 0
         except DetkitError as error:
             code = messages.report(error, as_json="--json" in words)
@@ -89,18 +98,48 @@ def test_transform_plans_then_predicts_and_is_known_to_evaluate(
     assert typed("transform", *words, "--instance-tipe", "ml.c5.xlarge") == 2
     assert "did you mean 'instance_type'" in typed.err
     assert "CreateTransformJob" not in echo_account.calls
-    assert (
-        typed("transform", *words, "--max-cost", "1", "--wait", "false", "--instance-type", "ml.c5.xlarge", "--json")
-        == 0
-    )
+    assert typed("transform", *words, "--max-cost", "1", "--wait", "false") == 2
+    assert "cannot be kept" in typed.err
+    assert typed("transform", *words, "--yes", "--wait", "false", "--instance-type", "ml.c5.xlarge", "--json") == 0
     name = typed.json["job"]
+    # Another machine has the images elsewhere; what counts is what is in them.
+    (tmp_path / "data").rename(tmp_path / "moved")
+    words[1] = str(tmp_path / "moved")
+    write_dataset(trained.data.take([0]), tmp_path / "one", "coco")
+    other = tmp_path / "other.jpg"
+    Image.open(trained.data.paths[0]).rotate(90).save(other)
+    others = Dataset.from_samples(trained.data.classes, [Sample(path=str(other), width=96, height=96)])
+    write_dataset(others, tmp_path / "others", "coco")
+    assert typed("transform", words[0], str(tmp_path / "others"), *words[2:], "--collect", name) == 2
+    assert "looked at other images" in typed.err
+    assert typed("transform", words[0], str(tmp_path / "one"), *words[2:], "--collect", name, "--json") == 0
+    assert typed.json == {"images": 1, "looked_at": 1}
+    assert typed("transform", *words, "--dry-run", "--json") == 0
+    assert "7 images are predicted" in typed.out
     assert typed("transform", *words, "--collect", name, "--json") == 0
-    assert typed.json == {"images": 8, "looked_at": 8}
+    assert typed.json == {"images": 8, "looked_at": 7}
+    for more in ("--dry-run", "--wait=false"):
+        assert typed("transform", *words, more) == 0
+        assert "8, 8 of them were known" in typed.out
     [job] = [request for operation, request in echo_account.created if operation == "CreateTransformJob"]
     assert job["TransformResources"]["InstanceType"] == "ml.c5.xlarge"
     assert typed("transform", *words, "--yes") == 0
     assert "8, 8 of them were known" in typed.out
     assert echo_account.calls.count("CreateTransformJob") == 1
+
+
+def test_a_deployment_is_planned_and_nothing_is_created(
+    echo_account: Simulator, trained: Trained, typed: Typed
+) -> None:
+    words = ["deploy", str(trained.model.path), "--role", echo_account.role, "--image-uri"]
+    before = echo_account.created
+    assert typed.root(*words, echo_account.image("echo:latest"), "--ttl", "2h", "--dry-run") == 0, typed.err
+    assert "CreateEndpoint " in typed.out
+    assert "cost       at most 0.46 USD" in typed.out
+    assert "time       at most 2 h" in typed.out
+    assert typed.root(*words, echo_account.image("no:1"), "--ttl", "2h", "--dry-run", "--json") == 0
+    assert [concern["level"] for concern in typed.json["concerns"]] == ["error"]
+    assert echo_account.created == before
 
 
 def test_an_image_is_planned_with_docker_or_built_with_codebuild(
@@ -159,14 +198,12 @@ def test_local_serves_an_account_until_ctrl_c(tmp_path: Path) -> None:
             "ecr",
             endpoint_url=exported["AWS_ENDPOINT_URL"],
             region_name=exported["AWS_REGION"],
-            aws_access_key_id="testing",
-            aws_secret_access_key="testing",
+            aws_access_key_id=exported["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=exported["AWS_SECRET_ACCESS_KEY"],
         )
         assert [one["repositoryName"] for one in client.describe_repositories()["repositories"]] == ["detkit"]
         process.send_signal(signal.SIGINT)
-        began = time.monotonic()
-        assert process.wait(timeout=20) == 0
-        assert time.monotonic() - began < 20
+        assert process.wait(timeout=60) == 0
 
 
 def test_nothing_of_aws_s_is_imported_by_the_commands() -> None:

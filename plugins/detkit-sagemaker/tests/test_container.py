@@ -369,6 +369,25 @@ GREY_HEADER = b'{"images": [{"bytes": 1, "shape": [1, 1, 1]}]}'
 GREY = struct.pack("<I", len(GREY_HEADER)) + GREY_HEADER + b"x"
 
 
+def test_a_name_that_fills_the_memory_is_refused(tmp_path: Path) -> None:
+    archive = tmp_path / "model.tar.gz"
+    with tarfile.open(archive, "w:gz", format=tarfile.GNU_FORMAT) as packed:
+        packed.addfile(tarfile.TarInfo("a" * (4 << 20)))
+    with pytest.raises(InvalidData, match="header"):
+        unpack(archive, tmp_path / "to")
+
+
+def test_a_folder_where_a_file_is(tmp_path: Path) -> None:
+    archive = tmp_path / "model.tar"
+    with tarfile.open(archive, "w") as packed:
+        packed.addfile(tarfile.TarInfo("a"))
+        folder = tarfile.TarInfo("a")
+        folder.type = tarfile.DIRTYPE
+        packed.addfile(folder)
+    with pytest.raises(InvalidData, match="twice"):
+        unpack(archive, tmp_path / "to")
+
+
 @pytest.mark.parametrize(
     ("body", "headers", "status", "told"),
     [
@@ -383,6 +402,7 @@ GREY = struct.pack("<I", len(GREY_HEADER)) + GREY_HEADER + b"x"
         (b"x", {"Content-Type": "image/png", "Accept": "text/csv"}, 406, "application/json"),
         (b"", {"Content-Type": "image/png", "Content-Length": str(10**9)}, 413, "bytes"),
         (b"", {"Content-Type": "image/png", "Content-Length": "-1"}, 411, "Content-Length"),
+        (b"", {"Content-Type": "image/png", "Content-Length": "1" * 5000}, 411, "Content-Length"),
     ],
 )  # fmt: skip
 def test_a_bad_request_says_why(port: int, body: bytes, headers: dict[str, str], status: int, told: str) -> None:
@@ -397,6 +417,22 @@ def test_a_bad_request_says_why(port: int, body: bytes, headers: dict[str, str],
     assert told in json.loads(answer)["error"]
     assert ask(port, "GET", "/ping")[0] == 200
     connection.close()
+
+
+def test_a_body_may_come_in_chunks(port: int) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(file, "PNG")
+    content = file.getvalue()
+    answers = []
+    for chunked in (False, True):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        body = iter([content[:50], content[50:]]) if chunked else content
+        connection.request("POST", "/invocations", body, {"Content-Type": "image/png"}, encode_chunked=chunked)
+        response = connection.getresponse()
+        answers.append((response.status, response.read()))
+        connection.close()
+    assert answers[0][0] == 200
+    assert answers[0] == answers[1]
 
 
 def test_the_pixels_of_a_request_count_together() -> None:

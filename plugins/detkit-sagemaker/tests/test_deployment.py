@@ -22,6 +22,7 @@ import detkit
 from detkit.backends import PredictOptions
 from detkit.errors import DetkitWarning, MissingSettings, Unsupported, UsageError
 from detkit.images import read_image
+from detkit.job import Model
 from detkit_sagemaker import endpoints, resources
 from detkit_sagemaker.aws import Aws, AwsError, CredentialsExpired, QuotaExceeded
 from detkit_sagemaker.deployment import DeploymentFailed, ScheduleRefused, deploy, plan_deployment
@@ -35,10 +36,10 @@ from detkit_sagemaker.testing import Simulator
 
 if TYPE_CHECKING:
     from conftest import Trained
-    from detkit.job import Model
 
 ALL = PredictOptions(score_threshold=0.1)
 OPENED: dict[str, Aws] = {}
+CPU: dict[str, Any] = {"image_uri": None, "instance_type": "ml.m5.xlarge"}
 
 
 @pytest.fixture
@@ -281,13 +282,61 @@ def test_a_model_takes_its_own_code_along(account: Simulator, trained: Trained, 
 
 
 def test_in_another_region_aws_s_model_gets_the_image_of_that_region(account: Simulator, aws_model: Model) -> None:
-    there = container_of(aws_model, Aws("eu-west-1"), "s3://bucket/detkit", None)
+    there = container_of(aws_model, Aws("eu-west-1"), "s3://bucket/detkit", **CPU)
     assert there.image == "685385470294.dkr.ecr.eu-west-1.amazonaws.com/object-detection:1"
     assert list(there.to_upload) == ["model.tar.gz"]
     place = json.loads((aws_model.path / "aws.json").read_bytes())
     (aws_model.path / "aws.json").write_text(json.dumps({**place, "kind": "jumpstart"}))
     with pytest.raises(UsageError, match="trained in us-east-1"):
-        container_of(aws_model, Aws("eu-west-1"), "s3://bucket/detkit", None)
+        container_of(aws_model, Aws("eu-west-1"), "s3://bucket/detkit", **CPU)
+
+
+def test_jumpstart_s_image_is_that_of_the_machine_that_answers(account: Simulator, aws_model: Model) -> None:
+    place = json.loads((aws_model.path / "aws.json").read_bytes())
+    (aws_model.path / "aws.json").write_text(json.dumps({**place, "kind": "jumpstart", "image": "of-the-default"}))
+    manifest = json.loads((aws_model.path / "detkit.json").read_bytes())
+    model = "jumpstart/mxnet-od-ssd-512-resnet50-v1-coco"
+    (aws_model.path / "detkit.json").write_text(json.dumps({**manifest, "model": model}))
+    given: dict[str, Any] = {"image_uri": None}
+    for instance_type, tag in (("ml.c5.2xlarge", "cpu"), ("ml.m5.xlarge", "cpu"), ("ml.g4dn.xlarge", "gpu")):
+        there = container_of(Model(aws_model.path), Aws(), "s3://b/d", instance_type=instance_type, **given)
+        assert there.image.endswith(f"/mxnet-inference:1.9.0-{tag}-py38")
+        assert there.environment["SAGEMAKER_REGION"] == "us-east-1"
+        assert there.concerns == ()
+    odd = container_of(Model(aws_model.path), Aws(), "s3://b/d", instance_type="ml.inf2.xlarge", **given)
+    assert "it may not run there" in odd.concerns[0].message
+
+
+def test_what_aws_would_reject_is_found_before_anything_is_created(
+    account: Simulator, trained: Trained, aws_model: Model
+) -> None:
+    before = account.created
+    account.faults.quota("ml.m5.xlarge for endpoint usage", 0)
+    with pytest.raises(UsageError, match=r"would reject this(.|\n)*is 0, and 1 are needed(.|\n)*no image .*nothing:1"):
+        deploy(trained.model, options(account, image_uri=account.image("nothing:1")), account_of())
+    account.faults.clear()
+    plan = plan_deployment(trained.model, options(account, role="nobody", serverless=True), account_of())
+    assert "there is no role nobody" in str(plan.errors)
+    plan = plan_deployment(trained.model, options(account, subnets=("x y",), security_groups=("sg-1",)), account_of())
+    assert any("CreateModel: " in concern.message for concern in plan.errors)
+    plan = plan_deployment(aws_model, options(account, instance_type="ml.inf2.xlarge"), account_of())
+    assert any("may not run there" in concern.message for concern in plan.concerns)
+    assert account.created == before
+
+
+@pytest.mark.parametrize(
+    ("arn", "owner"),
+    [
+        ("arn:aws:iam::1:user/zoe", "zoe"),
+        ("arn:aws:sts::1:assumed-role/Admins/zoe@example.com", "zoe@example.com"),
+        ("arn:aws:sts::1:assumed-role/Admins/botocore-session-1763740000", "Admins"),
+        ("arn:aws:sts::1:assumed-role/Admins/AWSCLI-Session", "AWSCLI-Session"),
+    ],
+)
+def test_who_deploys_is_the_same_one_an_hour_later(arn: str, owner: str) -> None:
+    aws = Aws("us-east-1")
+    aws.__dict__["identity"] = {"Account": "1", "Arn": arn, "UserId": "x"}
+    assert resources.owner(aws) == owner
 
 
 def test_the_same_files_make_the_same_archive(trained: Trained, tmp_path: Path) -> None:
@@ -414,10 +463,11 @@ def test_a_process_killed_at_a_create_call_leaves_nothing_that_clean_up_does_not
 def test_aws_deletes_it_when_its_time_is_over_and_nobody_lives(
     account: Simulator, trained: Trained, launcher: subprocess.Popen[str]
 ) -> None:
-    launch(launcher, account, trained, ttl=10)
+    launch(launcher, account, trained)
     assert outcome(launcher) == -signal.SIGKILL  # it kills itself when the endpoint answers
     assert len(account.live("endpoint")) == 1
     assert len(account.live("schedule")) == 3
-    wait_until(lambda: account.live() == [], seconds=40)
+    account.elapse(24 * 3600)
+    wait_until(lambda: account.live() == [])
     assert remove(account_of(), expired=True) == []
     assert is_clean(account)

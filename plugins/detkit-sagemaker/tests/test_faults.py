@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -19,12 +22,15 @@ from typer.testing import CliRunner
 import detkit
 from detkit import Dataset, Run, Trainer, open_run
 from detkit.cli.runs import app as runs_verbs
-from detkit.errors import DetkitWarning, RunFailed, UsageError
+from detkit.errors import DetkitWarning, RunFailed, StorageError, UsageError
 from detkit.testing import tiny_dataset
-from detkit_sagemaker import runs
-from detkit_sagemaker.aws import AccessDenied, Aws, CredentialsExpired
+from detkit_sagemaker import aws as aws_module
+from detkit_sagemaker import builtin, history, logs, runs, submission
+from detkit_sagemaker.aws import AccessDenied, Aws, AwsError, CredentialsExpired
 from detkit_sagemaker.backend import SagemakerBackend
+from detkit_sagemaker.endpoints import remove
 from detkit_sagemaker.ledger import Ledger
+from detkit_sagemaker.runs import SagemakerRun
 from detkit_sagemaker.testing import Simulator
 from detkit_sagemaker.testing.faults import DropConnection
 
@@ -37,18 +43,51 @@ run()
 """
 """Our container, where a step of echo takes a while."""
 
+HELD = """
+import sys, time, types
+from pathlib import Path
+from detkit_echo import engine
+from detkit_sagemaker.container.__main__ import run
+go = Path(sys.argv.pop(1))
+def hold(seconds):
+    while any(Path("checkpoints").iterdir()) and not go.exists():
+        time.sleep(0.02)
+engine.time = types.SimpleNamespace(sleep=hold)
+run()
+"""
+"""Our container, where echo takes no step after its first checkpoint until a file is there."""
+
 MODEL = "memory.npz"
+
+LEFT = """
+import os, pathlib, signal, sys, time
+def end(*_):
+    if sys.argv[1] == "left":
+        pathlib.Path(os.environ["SAGEMAKER_BASE_DIR"], "model", "model_algo_1-0000.params").write_bytes(b"weights")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+time.sleep(60)
+"""
+"""An algorithm that goes on for ever, and keeps its model, or does not, when it is stopped."""
 
 
 @pytest.fixture(scope="module")
-def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
+def go(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that the image ``held`` waits for."""
+    return tmp_path_factory.mktemp("go") / "go"
+
+
+@pytest.fixture(scope="module")
+def account(tmp_path_factory: pytest.TempPathFactory, go: Path) -> Iterator[Simulator]:
     container = [sys.executable, "-m", "detkit_sagemaker.container"]
     images = {"detkit:latest": container, "slow:latest": [sys.executable, "-c", SLOWLY]}
+    images["held:latest"] = [sys.executable, "-c", HELD, str(go)]
+    images |= {f"{name}:latest": [sys.executable, "-c", LEFT, name] for name in ("left", "empty")}
     with (
         Simulator(images=images, folder=tmp_path_factory.mktemp("aws")) as aws,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.delenv("AWS_PROFILE", raising=False)
+        patch.setattr("boto3.DEFAULT_SESSION", None)
         for name, value in aws.environment.items():
             patch.setenv(name, value)
         yield aws
@@ -234,8 +273,8 @@ def test_time_that_is_over_ends_the_job(aws: Simulator, data: Dataset) -> None:
         _ = run.model
 
 
-def test_spot_goes_on_from_the_checkpoint(aws: Simulator, data: Dataset) -> None:
-    run = trainer(aws, "slow:latest", epochs=12, spot=True).start(data, data, name="spot")
+def test_spot_goes_on_from_the_checkpoint(aws: Simulator, data: Dataset, go: Path) -> None:
+    run = trainer(aws, "held:latest", epochs=12, spot=True).start(data, data, name="spot")
     checkpoints = f"detkit/checkpoints/{job_of(run)}/"
 
     def kept() -> bool:
@@ -244,6 +283,14 @@ def test_spot_goes_on_from_the_checkpoint(aws: Simulator, data: Dataset) -> None
 
     wait_until(kept)
     aws.faults.interrupt_spot(job_of(run))
+    client = boto3.client("sagemaker")
+
+    def interrupted() -> bool:
+        job = client.describe_training_job(TrainingJobName=job_of(run))
+        return "Interrupted" in [one["Status"] for one in job["SecondaryStatusTransitions"]]
+
+    wait_until(interrupted)
+    go.touch()
     run.wait()
     assert "Interrupted" in messages(run)
     whole = Trainer(model="echo/memory", epochs=12).fit(data, data, name="whole", quiet=True)
@@ -302,25 +349,31 @@ def test_an_answer_that_gets_lost_with_the_credentials(aws: Simulator, data: Dat
         raise DropConnection
 
     aws.faults.crash_after("CreateTrainingJob", expire)
-    with pytest.raises(CredentialsExpired, match=r"`detkit runs attach detkit-lost-.* --backend sagemaker` follows it"):
+    with pytest.raises(CredentialsExpired, match=r"`detkit runs attach .*lost` follows it"):
         trainer(aws).fit(data, data, name="lost")
     aws.faults.clear()
-    assert listed() == {}
     name = aws.created[-1][1]["TrainingJobName"]
-    assert [entry.name for entry in Ledger.of(Aws()).pending()] == [name]
-    assert SagemakerBackend().recover(name, {}).wait().status == "finished"
-    assert listed() == {name: "finished"}
+    assert [entry.name for entry in Ledger.of(Aws()).pending()] == [job_of("lost")] == [name]
+    assert open_run("lost").wait().status == "finished"
+    assert listed() == {"lost": "finished"}
 
 
-def test_ctrl_c_at_the_start_leaves_no_job(aws: Simulator, data: Dataset) -> None:
-    aws.faults.slow(0.5)
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_ctrl_c_at_the_start_forgets_no_job(is_stopped: bool, aws: Simulator, data: Dataset) -> None:
+    """The job is stopped, or said to go on where that fails; the run directory that knows of it stays."""
+    aws.faults.slow(0.3)
     aws.faults.crash_after("CreateTrainingJob", lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        trainer(aws).fit(data, data, name="unwanted")
-    assert not path_of("unwanted").exists()
-    aws.wait()
-    name = aws.created[-1][1]["TrainingJobName"]
-    assert boto3.client("sagemaker").describe_training_job(TrainingJobName=name)["TrainingJobStatus"] == "Stopped"
+    if not is_stopped:
+        aws.faults.refuse("StopTrainingJob")
+    told = "asked AWS to stop" if is_stopped else "StopTrainingJob.*if the job runs it costs: `detkit runs stop .*cut`"
+    with pytest.raises(KeyboardInterrupt), pytest.warns(DetkitWarning, match=told):
+        trainer(aws).fit(data, data, name="cut")
+    assert job_of("cut") == aws.created[-1][1]["TrainingJobName"]
+    run = open_run("cut")
+    if not is_stopped:
+        with pytest.warns(DetkitWarning, match=f"training jobs .* go on: {job_of(run)}"):
+            remove(Aws())
+    assert run.wait().status == ("stopped" if is_stopped else "finished")
 
 
 def train_and_be_killed(aws: Simulator, coco: Path, name: str, *, when: str, operation: str, calls: int = 1) -> None:
@@ -398,3 +451,188 @@ def test_killed_while_the_model_comes(aws: Simulator, data: Dataset) -> None:
     assert listed() == {"killed": "finished"}
     steps = [row["step"] for row in run.history if "train/loss" in row]
     assert steps == sorted(set(steps))
+
+
+# Going on.
+
+
+def failed_run(aws: Simulator, data: Dataset, name: str, **settings: Any) -> Run:
+    """Return a run whose job found no machine."""
+    aws.faults.capacity()
+    with pytest.raises(RunFailed, match="CapacityError"):
+        trainer(aws, **settings).fit(data, data, name=name)
+    return open_run(name)
+
+
+def test_of_two_who_resume_one_does(aws: Simulator, data: Dataset) -> None:
+    runs_ = [failed_run(aws, data, "twice"), open_run("twice")]
+    before, ends = len(aws.created), []
+
+    def resume(run: Run) -> None:
+        try:
+            ends.append(run.resume().wait().status)
+        except UsageError as error:
+            ends.append(str(error))
+
+    threads = [threading.Thread(target=resume, args=(run,)) for run in runs_]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(aws.created) == before + 1
+    assert "finished" in ends
+    assert any("only a stopped, failed or interrupted one" in end for end in ends)
+
+
+def test_resumed_on_another_machine(
+    aws: Simulator, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory without images is enough: what the job reads lies in S3, and nothing travels."""
+    name = job_of(failed_run(aws, data, "there"))
+    first = aws.created[-1][1]
+    monkeypatch.setenv("DETKIT_RUNS", str(tmp_path / "here"))
+    run = SagemakerBackend().recover(name, {})
+    assert run.status == "failed"
+    puts = aws.calls.count("PutObject")
+    assert run.resume().wait().status == "finished"
+    assert aws.calls.count("PutObject") == puts + 1, "what another machine needs"
+    again = aws.created[-1][1]
+    same = ("InputDataConfig", "CheckpointConfig")
+    assert {key: again[key] for key in same} == {key: first[key] for key in same}
+    assert detkit.evaluate(open_run(name), data, allow_seen=True)["AP50"] > 0.85
+
+
+def test_the_cost_of_all_jobs(aws: Simulator, data: Dataset) -> None:
+    """A run's cost goes on with it, and what may be spent is for all of its jobs."""
+    run = failed_run(aws, data, "dear", max_cost=2.0, yes=False)
+    record = json.loads((run.path / "sagemaker.json").read_bytes())
+    (run.path / "sagemaker.json").write_text(json.dumps({**record, "billable_s": 3600.0}))
+    spent = run.cost
+    assert spent == pytest.approx(record["price_per_hour"])
+    with pytest.raises(UsageError, match="has cost about 0.74 USD, and max_cost=0.5 is for all"):
+        Trainer().resume(run, max_cost=0.5, quiet=True)
+    assert run.job.options["max_cost"] == 2.0, "as it was"
+    run.resume().wait()
+    limit = aws.created[-1][1]["StoppingCondition"]["MaxRuntimeInSeconds"]
+    assert limit == pytest.approx((2.0 - spent) / record["price_per_hour"] * 3600, abs=2)
+    cost = open_run("dear").cost
+    assert cost is not None
+    assert spent < cost < spent + 0.1
+
+
+# What comes back.
+
+
+def test_a_token_of_yesterday(aws: Simulator, data: Dataset) -> None:
+    run = trainer(aws, "slow:latest", epochs=8).start(data, data, name="old")
+    wait_until(lambda: run.goes_on() and json.loads((run.path / "sagemaker.json").read_bytes())["tokens"])
+    aws.faults.refuse("GetLogEvents", "InvalidParameterException", "The specified nextToken is invalid.")
+    assert run.wait().status == "finished"
+    assert "cannot be read" not in messages(run)
+    steps = [row["step"] for row in run.history if "train/loss" in row]
+    assert steps == sorted(set(steps))
+
+
+def test_a_log_that_may_not_be_read(aws: Simulator, data: Dataset) -> None:
+    """The model comes all the same, and the container's own file tells what the log would have."""
+    aws.faults.refuse("GetLogEvents", "AccessDeniedException", times=10_000)
+    run = trainer(aws).fit(data, data, name="mute")
+    assert messages(run).count("log cannot be read") == 1
+    local = Trainer(model="echo/memory").fit(data, data, name="local", quiet=True)
+    assert [row["step"] for row in run.history] == [row["step"] for row in local.history]
+
+
+@pytest.mark.parametrize("model", ["echo/memory", "object-detection"])
+def test_every_event_once(model: str, aws: Simulator, data: Dataset) -> None:
+    """Lines that come late are not lost, and those of a process that was killed between two writes not doubled."""
+    image = {} if model.startswith("echo") else {"image_uri": None, "mini_batch_size": 4}
+    run = trainer(aws, model=model, **image).start(data, data, name="whole")
+    aws.wait()
+    new_lines = logs.new_lines
+
+    def first_half(*arguments: Any) -> Iterator[tuple[float, str, str]]:
+        lines = list(new_lines(*arguments))
+        yield from lines[: len(lines) // 2]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logs, "new_lines", first_half)
+        patch.setattr(SagemakerRun, "_finish", lambda *_: None)
+        run.refresh(at_once=True)  # type: ignore[attr-defined]
+    assert run.history
+    events = run.workspace.metrics_file
+    events.write_bytes(events.read_bytes() + b"".join(events.read_bytes().splitlines(keepends=True)[-2:]))
+    assert run.wait().status == "finished"
+    told, _ = history.events_of(new_lines(Aws(), logs.TRAINING, f"{job_of(run)}/", {}), builtin.METRICS)
+    had = [event for event in run.events(follow=False) if event.kind == "metric"]
+    assert had == [event for event in told if event.kind == "metric"]
+    assert len(had) > 10
+
+
+def test_the_test_images_are_scored_as_here(aws: Simulator, data: Dataset) -> None:
+    run = trainer(aws).fit(data, data, data, name="tested")
+    local = Trainer(model="echo/memory").fit(data, data, data, name="local", quiet=True)
+    tested = {name: value for name, value in local.model.manifest.metrics.items() if name.startswith("test/")}
+    assert tested
+    assert tested.items() <= run.model.manifest.metrics.items()
+    assert run.model.manifest.data == local.model.manifest.data
+
+
+def test_a_full_disk_is_not_the_end(aws: Simulator, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(aws).start(data, data, name="full")
+    aws.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+        with pytest.raises(StorageError, match="free space.*`detkit runs attach .*full` fetches it"):
+            run.wait()
+    assert not run.workspace.failure_file.exists()
+    assert open_run("full").wait().status == "finished"
+
+
+def test_a_model_that_is_gone_is_the_end(aws: Simulator, data: Dataset) -> None:
+    run = trainer(aws).start(data, data, name="gone")
+    aws.wait()
+    key = f"detkit/jobs/{job_of(run)}/output/model.tar.gz"
+    boto3.client("s3").delete_object(Bucket=aws.bucket, Key=key)
+    with pytest.raises(RunFailed, match=r"model\.tar\.gz is not there"):
+        run.wait()
+    assert listed() == {"gone": "failed"}
+
+
+def test_a_log_is_waited_for(aws: Simulator, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the log is all that tells, a job's run has not ended before its last lines are there."""
+    monkeypatch.setattr(runs, "_LAG_S", 1.5)
+    run = trainer(aws, model="object-detection", image_uri=None, mini_batch_size=4).start(data, data, name="late")
+    aws.wait()
+    assert run.status == "running"
+    assert run.wait().status == "finished"
+    job = boto3.client("sagemaker").describe_training_job(TrainingJobName=job_of(run))
+    assert time.time() - job["TrainingEndTime"].timestamp() > 1.5
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_what_a_stopped_algorithm_of_aws_leaves(leaves: bool, aws: Simulator, data: Dataset) -> None:
+    """AWS's algorithms keep their model when their time is over."""
+    image = "left:latest" if leaves else "empty:latest"
+    run = trainer(aws, image_uri=None, model="object-detection", mini_batch_size=4, max_runtime="2s")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(submission, "builtin_image", lambda _: aws.image(image))
+        done = run.fit(data, data, name="over")
+    assert "ended it after max_runtime, 2 s" in messages(done)
+    assert done.status == ("finished" if leaves else "stopped")
+    assert (done.workspace.model / "model.tar.gz").is_file() == leaves
+
+
+def test_aws_that_is_not_reached_for_a_while(aws: Simulator, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aws_module, "_TRIES", 1)
+    monkeypatch.setattr(runs, "_PAUSE_S", 0.05)
+    run = trainer(aws).start(data, data, name="away")
+    aws.faults.refuse("DescribeTrainingJob", "ThrottlingException", times=3)
+    assert run.wait().status == "finished"
+    assert messages(run).count("too many calls") == 1
+    monkeypatch.setattr(runs, "_PATIENCE_S", 0.1)
+    run = trainer(aws).start(data, data, name="long")
+    aws.faults.refuse("DescribeTrainingJob", "ServiceUnavailable", times=10_000, status=503)
+    with pytest.raises(AwsError, match=rf"job {job_of(run)} is not affected; `detkit runs attach .*long` follows"):
+        run.wait()
+    aws.faults.clear()
+    assert run.wait().status == "finished"

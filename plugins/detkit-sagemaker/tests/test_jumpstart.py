@@ -55,6 +55,14 @@ def hub(**changes: Any) -> HubModel:
     return HubModel.decode(json.dumps({**DOCUMENT, **changes}), "m", version="1.2.3", region="eu-west-1")
 
 
+def test_null_is_as_good_as_nothing() -> None:
+    known = [*HubModel.__struct_encode_fields__]
+    nulls = {name: None for name in known if name not in DOCUMENT and not name.startswith("detkit:")}
+    assert len(nulls) > 5
+    assert hub(**nulls, TrainingMetrics=None).training_metrics == []
+    assert hub(**nulls).hosting_image("ml.m5.large").endswith("infer:1")
+
+
 def wire(params: JumpstartParams, *, isolated: bool = False) -> dict[str, str]:
     return hub().wire(params, job_name="job", region="eu-west-1", isolated=isolated)
 

@@ -90,8 +90,9 @@ def test_apply_makes_what_print_shows_and_may_be_repeated(simulator: Simulator) 
     for name, role in policies.document()["roles"].items():
         there = iam.get_role(RoleName=name)["Role"]
         assert there["AssumeRolePolicyDocument"] == role["trust"]
-        assert iam.get_role_policy(RoleName=name, PolicyName="detkit")["PolicyDocument"] == role["policies"]["detkit"]
-    arn = f"arn:aws:iam::{aws.account}:policy/{USER_POLICY}"
+        for inline, document in role["policies"].items():
+            assert iam.get_role_policy(RoleName=name, PolicyName=inline)["PolicyDocument"] == document
+    arn = f"arn:aws:iam::{aws.account}:policy/{USER_POLICY}-{aws.region}"
     for i in range(7):  # more versions than IAM keeps
         apply(aws, Policies.of(aws, f"bucket-{i}"))
     versions = iam.list_policy_versions(PolicyArn=arn)["Versions"]
@@ -99,6 +100,26 @@ def test_apply_makes_what_print_shows_and_may_be_repeated(simulator: Simulator) 
     current = next(version for version in versions if version["IsDefaultVersion"])
     document = iam.get_policy_version(PolicyArn=arn, VersionId=current["VersionId"])["PolicyVersion"]["Document"]
     assert "bucket-6" in json.dumps(document)
+
+
+def test_a_second_region_takes_nothing_from_the_first(simulator: Simulator) -> None:
+    iam = boto3.client("iam")
+    for region in ("us-east-1", "eu-west-1"):
+        aws = Aws(region)
+        apply(aws, Policies.of(aws))
+    for region in ("us-east-1", "eu-west-1"):
+        policies = Policies.of(Aws(region))
+        for role in (EXECUTION_ROLE, BUILD_ROLE):
+            names = iam.list_role_policies(RoleName=role)["PolicyNames"]
+            texts = [json.dumps(iam.get_role_policy(RoleName=role, PolicyName=one)["PolicyDocument"]) for one in names]
+            assert any(policies.bucket in text for text in texts)
+        expiry = iam.get_role_policy(RoleName=SCHEDULER_ROLE, PolicyName="detkit")["PolicyDocument"]["Statement"][0]
+        endpoint = f"arn:aws:sagemaker:{region}:{policies.account}:endpoint/detkit-a"
+        assert any(fnmatch.fnmatchcase(endpoint, arn) for arn in expiry["Resource"])
+        user = f"arn:aws:iam::{policies.account}:policy/{USER_POLICY}-{region}"
+        current = iam.get_policy(PolicyArn=user)["Policy"]["DefaultVersionId"]
+        document = iam.get_policy_version(PolicyArn=user, VersionId=current)["PolicyVersion"]["Document"]
+        assert document == policies.document()["user"]["document"]
 
 
 @pytest.mark.parametrize("role", [EXECUTION_ROLE, SCHEDULER_ROLE])

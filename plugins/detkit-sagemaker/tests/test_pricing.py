@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from detkit.errors import InvalidValue, UsageError
+from detkit.plans import Plan
 from detkit_sagemaker.images import TRAINING_INSTANCE
-from detkit_sagemaker.options import DeployOptions, SagemakerOptions, TransformOptions
-from detkit_sagemaker.pricing import VARIABLE, estimate, runtime_within, serverless
+from detkit_sagemaker.options import AccountOptions, DeployOptions, SagemakerOptions, TransformOptions
+from detkit_sagemaker.pricing import SHORTEST, VARIABLE, estimate, runtime_within, serverless
+from detkit_sagemaker.spending import approve
 
 US: dict[str, Any] = {"region": "us-east-1", "use": "training"}
 
@@ -70,7 +73,7 @@ def test_an_amount_becomes_seconds_that_do_not_cost_more() -> None:
     spent = estimate(instance_type="ml.g5.xlarge", instance_count=2, seconds=seconds, **US).worst_case
     assert spent is not None
     assert 1.99 < spent <= 2.0
-    with pytest.raises(InvalidValue, match=r"max_cost=0.01.*at least 0.23"):
+    with pytest.raises(InvalidValue, match=r"max_cost=0.01.*at least 0.24"):
         runtime_within(0.01, instance_type="ml.g5.xlarge", instance_count=2, **US)
 
 
@@ -98,10 +101,36 @@ def test_a_broken_table_is_refused(content: str | None, monkeypatch: pytest.Monk
 
 
 def test_a_serverless_endpoint_is_paid_by_its_memory_while_it_answers() -> None:
-    found = serverless(memory_size=4096, region="us-east-1")
+    found = serverless(memory_size=4096, concurrency=1, region="us-east-1")
     assert found.price_per_hour == pytest.approx(4 * 0.00002 * 3600)
     assert found.worst_case is None
-    assert "only while it answers" in found.source
+    assert "while it answers" in found.source
+    busy = serverless(memory_size=4096, concurrency=5, region="us-east-1")
+    assert busy.price_per_hour == pytest.approx(5 * 4 * 0.00002 * 3600)
+
+
+@pytest.mark.parametrize("price", [0.23, 0.2346, 0.7364, 1.408 / 3, 1e-5, 3.0])
+def test_the_amount_that_is_asked_for_is_enough(price: float) -> None:
+    plan = Plan(place="here", requests=(("CreateModel", {}),), worst_case_s=3600, price_per_hour=price)
+    with pytest.raises(UsageError) as raised:
+        approve(plan, AccountOptions(max_cost=price / 2))
+    [asked] = re.findall(r"max_cost=([0-9.]+) \(", str(raised.value))
+    approve(plan, AccountOptions(max_cost=float(asked)))
+    assert f"at most {asked} USD" in str(plan)
+
+
+def test_the_least_that_is_asked_for_is_enough() -> None:
+    for count in range(1, 9):
+        machines: dict[str, Any] = {"instance_type": "ml.g5.xlarge", "instance_count": count, **US}
+        with pytest.raises(InvalidValue) as raised:
+            runtime_within(0.01, **machines)
+        [least] = re.findall(r"at least ([0-9.]+):", str(raised.value))
+        assert runtime_within(float(least), **machines) >= SHORTEST
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(360_000, "100 h"), (5400, "1.5 h"), (14_400, "4 h"), (300, "5 min")])
+def test_times_are_plain(seconds: int, told: str) -> None:
+    assert f"at most {told}, then" in str(Plan(place="here", worst_case_s=seconds))
 
 
 def test_what_is_taken_unless_told_has_a_price_and_answering_is_cheaper_than_training() -> None:

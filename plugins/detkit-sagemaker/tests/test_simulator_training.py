@@ -374,7 +374,7 @@ def test_bad_requests_are_refused(simulator: Simulator, sagemaker: Any) -> None:
     sagemaker.create_training_job(**request(simulator))
     assert refusal(sagemaker.create_training_job, **request(simulator))[0] == "ResourceInUse"
     code, message = refusal(sagemaker.describe_training_job, TrainingJobName="other")
-    assert code == "ResourceNotFound" and "Could not find" in message
+    assert (code, message) == ("ValidationException", "Requested resource not found.")
     assert refusal(sagemaker.describe_notebook_instance, NotebookInstanceName="x")[0] == "UnknownOperationException"
     finished(sagemaker)
 

@@ -55,7 +55,10 @@ JUMPSTART = {"epochs": '"3"', "adam-learning-rate": '"0.9"', "batch-size": '"4"'
 def environment(folder: Path, **more: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SAGEMAKER_", "AWS_"))}
     paths = os.pathsep.join(filter(None, [str(SOURCE), inherited.get("PYTHONPATH", "")]))
-    return {**inherited, "PYTHONPATH": paths, "SAGEMAKER_BASE_DIR": str(folder), "DETKIT_CACHE": "off", **more}
+    scratch = folder.with_name(f"{folder.name}-tmp")  # those that are killed leave something there
+    scratch.mkdir(exist_ok=True)
+    ours = {"PYTHONPATH": paths, "SAGEMAKER_BASE_DIR": str(folder), "DETKIT_CACHE": "off", "TMPDIR": str(scratch)}
+    return {**inherited, **ours, **more}
 
 
 def command(image: str, action: str) -> list[str]:

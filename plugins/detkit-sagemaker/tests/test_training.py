@@ -230,9 +230,12 @@ def test_refused_by_the_account(code: str, kind: type[Exception], simulator: Sim
     assert not simulator.live()
 
 
+@pytest.mark.slow
 def test_throttling_is_waited_out(simulator: Simulator, data: Dataset) -> None:
     simulator.faults.throttle(every=3)
-    assert trainer(simulator, yes=True).fit(data, data).status == "finished"
+    few = data.take([0, 1, 2])
+    assert trainer(simulator, yes=True, epochs=1).fit(few, few).status == "finished"
+    assert not simulator.live()
 
 
 def test_account_of_others_is_refused(simulator: Simulator, data: Dataset) -> None:

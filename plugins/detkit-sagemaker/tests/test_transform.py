@@ -24,7 +24,8 @@ from detkit.backends import PredictOptions
 from detkit.errors import ImageError, InvalidValue, MissingSettings, UsageError
 from detkit.images import read_image
 from detkit.recordio import RecordWriter, pack
-from detkit_sagemaker.aws import Aws, NoCapacity
+from detkit_sagemaker import batchjobs
+from detkit_sagemaker.aws import Aws, AwsError, CredentialsExpired, NoCapacity
 from detkit_sagemaker.endpoints import remove
 from detkit_sagemaker.ledger import Ledger
 from detkit_sagemaker.options import TransformOptions
@@ -240,6 +241,55 @@ def test_a_job_that_nobody_waits_for_is_collected_later(account: Simulator, trai
     assert len(list(collect_batch(name, options(account), account_of()))) == 8
     with pytest.raises(UsageError, match="no transform 'detkit-nothing'"):
         list(collect_batch("detkit-nothing", options(account), account_of()))
+
+
+def test_trouble_of_the_network_leaves_the_job_and_says_how_to_collect_it(
+    account: Simulator, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    account.faults.refuse("DescribeTransformJob", "InternalFailure", times=2)
+    found = list(predict_batch(trained.model, trained.data.paths[:1], options(account), account_of(), tell=told.append))
+    assert len(found) == 1
+    assert any("asked for again" in line for line in told)
+    account.faults.slow(2.0)
+    account.faults.refuse("DescribeTransformJob", "InternalFailure", times=1000)
+    monkeypatch.setattr(batchjobs, "_PATIENCE_S", 0.5)
+    with pytest.raises(AwsError, match=r"goes on at AWS(.|\n)*--collect detkit-transform-memory-[0-9a-f]+") as raised:
+        list(predict_batch(trained.model, trained.data.paths, options(account), account_of()))
+    account.faults.clear()
+    [name] = account.live("transform-job")
+    assert name in str(raised.value)
+    assert remove(account_of(), expired=True) == []  # it is somebody's
+    assert len(list(collect_batch(name, options(account), account_of()))) == 8
+    assert is_clean(account)
+
+
+def test_credentials_that_expire_leave_the_job(account: Simulator, trained: Trained) -> None:
+    account.faults.slow(1.0)
+    account.faults.crash_after("CreateTransformJob", account.faults.expire_tokens)
+    with pytest.raises(CredentialsExpired, match="--collect detkit-transform-memory-"):
+        list(predict_batch(trained.model, trained.data.paths, options(account), account_of()))
+    account.faults.clear()
+    [name] = account.live("transform-job")
+    assert len(list(collect_batch(name, options(account), account_of()))) == 8
+
+
+def test_an_amount_cannot_be_kept_where_nobody_waits(account: Simulator, trained: Trained) -> None:
+    with pytest.raises(UsageError, match=r"max_cost=5 cannot be kept(.|\n)*nobody waits(.|\n)*say yes=True"):
+        start_batch(trained.model, trained.data.paths, options(account, yes=False, max_cost=5), account_of())
+    assert "CreateTransformJob" not in account.calls
+
+
+def test_what_aws_would_reject_is_found_before_anything_is_created(account: Simulator, trained: Trained) -> None:
+    before = account.created
+    account.faults.quota("ml.m5.xlarge for transform job usage", 1)
+    with pytest.raises(UsageError, match=r"would reject this(.|\n)*no role nobody(.|\n)*is 1, and 2 are needed"):
+        list(
+            predict_batch(
+                trained.model, trained.data.paths, options(account, role="nobody", instance_count=2), account_of()
+            )
+        )
+    assert account.created == before
 
 
 @pytest.mark.parametrize("operation", ["CreateModel", "CreateTransformJob"])

@@ -43,7 +43,7 @@ def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
         Simulator(images=images, folder=tmp_path_factory.mktemp("aws")) as aws,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.delenv("AWS_PROFILE", raising=False)
+        patch.setattr("boto3.DEFAULT_SESSION", None)
         for name, value in aws.environment.items():
             patch.setenv(name, value)
         yield aws
@@ -170,20 +170,23 @@ import os, sys
 def hear(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
         told = arguments[1] if event in ("socket.connect", "socket.sendto") else arguments[:2]
-        with open(os.environ["HEARD"], "a") as file:
+        with open(HEARD, "a") as file:
             print(" ".join(sys.orig_argv[-3:])[-60:].replace(chr(10), " "), event, *told, sep="\\t", file=file)
 
 sys.addaudithook(hear)
 """
-"""A `sitecustomize.py`: every process of Python's, also each container, tells whom it talks to."""
+"""A `sitecustomize.py`, below a line with ``HEARD``: every process of Python's, also each container, tells whom it
+talks to there."""
 
 
 def test_nobody_else_is_talked_to(aws: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan, training, transform, endpoint and clean-up: what runs here, and in the containers, knows one address."""
     (tmp_path / "hook").mkdir()
-    (tmp_path / "hook" / "sitecustomize.py").write_text(LISTENS)
+    heard_in = (
+        f"HEARD = {str(tmp_path / 'heard')!r}\n"  # containers get PYTHONPATH, and no variable that they do not know
+    )
+    (tmp_path / "hook" / "sitecustomize.py").write_text(heard_in + LISTENS)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'hook'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setenv("HEARD", str(tmp_path / "heard"))
     detkit.write_dataset(tiny_dataset(tmp_path / "pictures"), tmp_path / "coco")
     words = [aws.role, aws.image("detkit:latest"), str(tmp_path / "coco")]
     done = subprocess.run([sys.executable, "-c", WHOLE_WAY, *words], capture_output=True, text=True, check=False)

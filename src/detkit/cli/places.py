@@ -59,18 +59,26 @@ def deploy(
     ] = None,
     backend: Annotated[str, typer.Option(metavar="BACKEND", help="Where.")] = "sagemaker",
     yes: Annotated[bool, typer.Option("--yes", help="Start what costs money without `--max-cost`.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be asked for, and at most paid; create nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Let a finished model answer at a place. What is paid by the hour needs `--ttl`: the place deletes it then."""
-    from detkit.deployment import deploy
+    from detkit.deployment import deploy, plan_deployment
     from detkit.errors import UsageError
     from detkit.progress import shown
 
-    given = sort_words([*(words or []), *context.args], {"backend", "yes", "json"}, usage="deploy MODEL")
+    given = sort_words([*(words or []), *context.args], {"backend", "yes", "dry-run", "json"}, usage="deploy MODEL")
     if given.positions:
         raise UsageError(f"deploy takes one model and options, but got {', '.join(given.positions)}")
+    call = {**given.settings, **({"yes": True} if yes else {})}
+    if dry_run:
+        plan = plan_deployment(model, backend=backend, **call)
+        messages.print_json(plan.to_dict()) if as_json else print(plan)
+        return
     with shown():
-        endpoint = deploy(model, backend=backend, **given.settings, **({"yes": True} if yes else {}))
+        endpoint = deploy(model, backend=backend, **call)
     if as_json:
         messages.print_json(describe(endpoint))
         return

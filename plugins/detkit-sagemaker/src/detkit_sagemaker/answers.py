@@ -189,16 +189,7 @@ class Answers:
 
     def _limit(self, found: Detections) -> Detections:
         kept = found.above(self.score_threshold)
-        if self.max_detections is None or len(kept) <= self.max_detections:
-            return kept
-        n = self.max_detections
-        return replace(
-            kept,
-            boxes=kept.boxes[:n],
-            labels=kept.labels[:n],
-            scores=kept.scores[:n],
-            masks=None if kept.masks is None else kept.masks[:n],
-        )
+        return kept if self.max_detections is None else kept.best(self.max_detections)
 
 
 def look(kind: Kind, source: Path | bytes, name: str) -> tuple[int, int, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from detkit.errors import InvalidData, RunFailed
 from detkit.files import write_json
 from detkit.job import Job, Trained, Workspace
 from detkit_sagemaker import uploads
-from detkit_sagemaker.aws import Aws
+from detkit_sagemaker.aws import Aws, AwsError, code_of
 from detkit_sagemaker.container.archives import unpack
 
 ARCHIVE = "model.tar.gz"
@@ -20,6 +21,7 @@ PLACE = "aws.json"
 """The file in a model's folder that says where the model lies at AWS."""
 
 _BESIDE = ".model-"
+_MISSING = {"404", "NoSuchKey", "NoSuchBucket"}
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +36,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     """Of that image."""
     kind: str = "builtin"
     """``builtin`` or ``jumpstart``: the form of its answers."""
+    version: str = ""
+    """Of a JumpStart model: that of the hub's document which it was trained by."""
     training_job: str = ""
 
 
@@ -44,12 +48,16 @@ def place_of(model: Path) -> Place | None:
 
 
 def fetch_ours(aws: Aws, url: str, workspace: Workspace) -> None:
-    """Unpack what our container left into the run's ``model/``; its manifest comes last of all."""
+    """Unpack what our container left into the run's ``model/``; its manifest comes last of all.
+
+    Raises `RunFailed` for what will not be another if it is fetched again; `AwsError`, `StorageError` and `OSError`
+    for what may be.
+    """
     for left in workspace.path.glob(f"{_BESIDE}*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=workspace.path, prefix=_BESIDE) as beside:
         archive, folder = Path(beside) / ARCHIVE, Path(beside) / "model"
-        uploads.get(aws, url, archive)
+        _get(aws, url, archive)
         folder.mkdir()
         try:
             unpack(archive, folder)
@@ -75,8 +83,15 @@ def fetch_theirs(
     metrics: dict[str, float],
     started: float,
 ) -> None:
-    """Bring what AWS's image left, as it is, and write the manifest that its image could not."""
-    uploads.get(aws, place.artifact, workspace.model / ARCHIVE)
+    """Bring what AWS's image left, as it is, and write the manifest that its image could not.
+
+    Raises what `fetch_ours` does.
+    """
+    archive = workspace.model / ARCHIVE
+    _get(aws, place.artifact, archive)
+    if not _holds_files(archive):
+        archive.unlink()
+        raise RunFailed(f"{place.artifact} holds no file that could be read: the image left no model", "")
     write_json(workspace.model / PLACE, place)
     trained = Trained(
         native=dict(hyperparameters),
@@ -85,3 +100,20 @@ def fetch_theirs(
         hardware={"device": "SageMaker"},
     )
     workspace.finish(job, trained, started=started)
+
+
+def _get(aws: Aws, url: str, target: Path) -> None:
+    try:
+        uploads.get(aws, url, target)
+    except AwsError as error:
+        if code_of(error) not in _MISSING:
+            raise
+        raise RunFailed(f"{url} is not there: the job left no model, or it was deleted", "") from error
+
+
+def _holds_files(archive: Path) -> bool:
+    try:
+        with tarfile.open(archive, "r:*") as tar:
+            return any(member.isfile() for member in tar)
+    except (tarfile.TarError, EOFError):
+        return False

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 from collections.abc import Iterator
 from typing import Any
 
-from detkit.errors import DetkitError, UsageError
+from detkit.errors import DetkitError, StorageError, UsageError
 
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
-_REFUSED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "InvalidClientTokenId", "403"}
+_REFUSED = {
+    *("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "403"),
+    *("InvalidClientTokenId", "InvalidAccessKeyId", "UnrecognizedClientException"),
+}
 _THROTTLED = {"ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded", "SlowDown"}
 _QUOTA = {"ResourceLimitExceeded", "ServiceQuotaExceededException", "LimitExceededException"}
 _CAPACITY = {"CapacityError", "InsufficientCapacityException", "InsufficientInstanceCapacity"}
+
+_PASSING = {"", "InternalError", "InternalFailure", "InternalServerError", "ServiceUnavailable", "500", "503"}
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 _TRIES = 8
 """Attempts of one call in all; between them botocore waits longer and longer, at most 20 s."""
@@ -133,10 +140,16 @@ def explained(doing: str) -> Iterator[None]:
         raise CredentialsExpired(f"{doing}: {error}; sign in again, e.g. `aws sso login`") from error
     except boto.ParamValidationError as error:
         raise UsageError(f"{doing}: {error}") from error
-    except (boto.BotoCoreError, OSError) as error:
-        raise AwsError(
-            f"{doing}: AWS could not be reached: {error}; check the network, the region and its endpoint"
-        ) from error
+    except OSError as error:
+        if error.filename is not None or error.errno in _OF_THE_DISK:
+            raise StorageError(error.filename or "a file", error) from error
+        raise _unreachable(doing, error) from error
+    except boto.BotoCoreError as error:
+        raise _unreachable(doing, error) from error
+
+
+def _unreachable(doing: str, error: Exception) -> AwsError:
+    return AwsError(f"{doing}: AWS could not be reached: {error}; check the network, the region and its endpoint")
 
 
 def code_of(error: BaseException | None) -> str:
@@ -145,6 +158,11 @@ def code_of(error: BaseException | None) -> str:
         return error.code
     response = getattr(error, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
+
+
+def may_pass(error: AwsError) -> bool:
+    """Return whether the same call may well succeed in a while: AWS was not reached, too busy, or failed itself."""
+    return isinstance(error, Throttled) or error.code in _PASSING
 
 
 def _explain(doing: str, error: Any) -> AwsError:

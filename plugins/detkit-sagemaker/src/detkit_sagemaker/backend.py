@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ import msgspec
 
 from detkit import catalog, plugins, trust
 from detkit.backends import Backend, Detector, Endpoint, PredictOptions, Suggestion
-from detkit.errors import MissingSettings, UsageError
-from detkit.files import write_json
+from detkit.errors import DetkitWarning, MissingSettings, UsageError
+from detkit.files import atomic_write, write_json
 from detkit.job import Job, Model, Workspace
 from detkit.params import Options, Params, set_fields
 from detkit.plans import Plan
@@ -54,14 +55,13 @@ class SagemakerBackend(Backend):
         assert isinstance(options, SagemakerOptions)
         from detkit_sagemaker.aws import Aws
         from detkit_sagemaker.defaults import complete
+        from detkit_sagemaker.hosting import IMAGE_HINT, ROLE_HINT
 
         missing = []
         if complete(options)[0].role is None:
-            missing.append(
-                ("role", "an execution role, ARN or name; `detkit sagemaker setup --print` shows what it may")
-            )
+            missing.append(("role", ROLE_HINT))
         if local_backend(model) is not None and options.image_uri is None:
-            missing.append(("image_uri", "our container in your ECR; `detkit sagemaker build-image` makes it"))
+            missing.append(("image_uri", IMAGE_HINT))
         if missing:
             raise MissingSettings(missing)
         Aws(options.region)
@@ -109,47 +109,53 @@ class SagemakerBackend(Backend):
         return self.attach(recover(self._account(options), name, catalog.new_run_path(name, name)))
 
     def _again(self, run: SagemakerRun) -> SagemakerRun:
-        earlier = run.remote
-        return self._submit(run.job, run.workspace, earlier=[*earlier.earlier, earlier.name])
+        return self._submit(run.job, run.workspace, resumed=run)
 
-    def _submit(self, job: Job, workspace: Workspace, *, earlier: Sequence[str] = ()) -> SagemakerRun:
+    def _submit(self, job: Job, workspace: Workspace, *, resumed: SagemakerRun | None = None) -> SagemakerRun:
         from detkit_sagemaker import recovery, submission, uploads
         from detkit_sagemaker.ledger import Ledger
         from detkit_sagemaker.runs import RemoteJob, SagemakerRun
         from detkit_sagemaker.spending import approve
 
         aws = self._aws(job)
-        with tempfile.TemporaryDirectory(prefix="detkit-sagemaker-") as folder, _alone(workspace):
-            ready = submission.prepare(
-                aws, workspace, job, Path(folder), checkpoints_of=earlier[0] if earlier else None
-            )
-            plan = _plan(aws, ready)
-            approve(plan, ready.options)
-            for line in plan.summary().splitlines():
-                workspace.log("log", {"message": line})
-            remote = RemoteJob(
-                name=ready.name,
-                region=aws.region,
-                account=aws.account,
-                kind=ready.kind,
-                request=ready.request,
-                created=time.time(),
-                metrics=dict(ready.metrics),
-                hosting=dict(ready.hosting),
-                price_per_hour=ready.estimate.price_per_hour,
-                earlier=list(earlier),
-            )
-            # What is begun is written down first, so that no crash makes a run or a job that nobody knows of.
-            _note(workspace, remote)
-            _put_aside(workspace.failure_file)
-            uploads.ensure_bucket(aws, ready.root)
-            for bundle in (bundle for one in ready.staged for bundle in one.bundles):
-                bundle.upload(aws, ready.root)
-            Ledger.of(aws).creating("training-job", ready.name)
-            _note(workspace, msgspec.structs.replace(remote, created=time.time()))
+        earlier = None if resumed is None else resumed.remote
+        spent = 0.0 if resumed is None else resumed.cost
+        with _alone(workspace), _put_back(workspace) as begun:
+            # Gigabytes may lie in the folder, so it is gone before the job is there: nobody shall wait meanwhile.
+            with tempfile.TemporaryDirectory(prefix="detkit-sagemaker-") as folder:
+                ready = submission.prepare(aws, workspace, job, Path(folder), earlier=earlier, spent=spent)
+                plan = _plan(aws, ready)
+                approve(plan, ready.options)
+                for line in plan.summary().splitlines():
+                    workspace.log("log", {"message": line})
+                remote = RemoteJob(
+                    name=ready.name,
+                    region=aws.region,
+                    account=aws.account,
+                    kind=ready.kind,
+                    request=ready.request,
+                    created=time.time(),
+                    metrics=dict(ready.metrics),
+                    hosting=dict(ready.hosting),
+                    price_per_hour=ready.estimate.price_per_hour,
+                    earlier=[] if earlier is None else [*earlier.earlier, earlier.name],
+                    spent=spent,
+                )
+                # What is begun is written down first, so that no crash makes a run or a job that nobody knows of.
+                _note(workspace, remote)
+                _put_aside(workspace.failure_file)
+                uploads.ensure_bucket(aws, ready.root)
+                for bundle in ready.bundles:
+                    bundle.upload(aws, ready.root, ready.options.kms_key)
+            _note(workspace, msgspec.structs.replace(remote, created=time.time(), staged=True))
             recovery.keep(aws, ready.root, workspace, ready.name)
             workspace.log("log", {"message": f"training job {ready.name} in {aws.region}"})
-            _create(aws, ready.request)
+            Ledger.of(aws).creating("training-job", ready.name)
+            begun()
+            if (refused := _create(aws, ready.request, workspace)) is not None:
+                begun(False)
+                Ledger.of(aws).gone("training-job", ready.name)
+                raise refused
         return SagemakerRun(workspace, aws=aws, restart=self._again)
 
     def open(self, model: Model, options: PredictOptions, *, isolate: bool = False) -> Detector:
@@ -162,6 +168,12 @@ class SagemakerBackend(Backend):
 
         assert isinstance(options, DeployOptions)
         return deploy(model, options)
+
+    def plan_deployment(self, model: Model, options: Options) -> Plan:
+        from detkit_sagemaker.deployment import plan_deployment
+
+        assert isinstance(options, DeployOptions)
+        return plan_deployment(model, options)
 
     def endpoints(self, options: Mapping[str, Any]) -> Sequence[Endpoint]:
         from detkit_sagemaker.endpoints import list_endpoints
@@ -187,11 +199,10 @@ class SagemakerBackend(Backend):
 def _plan(aws: Aws, ready: Submission) -> Plan:
     from detkit_sagemaker import uploads
 
-    bundles = [bundle for one in ready.staged for bundle in one.bundles]
     return Plan(
         place=f"sagemaker {aws.region}, account {aws.account}",
         notes=tuple(ready.notes),
-        uploads=uploads.total((bundle, bundle.missing(aws, ready.root)) for bundle in bundles),
+        uploads=uploads.total((bundle, bundle.missing(aws, ready.root)) for bundle in ready.bundles),
         requests=(("CreateTrainingJob", ready.request),),
         worst_case_s=ready.estimate.seconds,
         price_per_hour=ready.estimate.price_per_hour,
@@ -213,6 +224,35 @@ def _alone(workspace: Workspace) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _put_back(workspace: Workspace) -> Iterator[Callable[..., None]]:
+    """Where the block fails, let the run be what it was, unless a job may have begun.
+
+    Yields what says whether one may have: ``begun()``, and ``begun(False)`` where it is known that none has.
+    """
+    from detkit_sagemaker.runs import RECORD
+
+    files = [workspace.path / RECORD, workspace.run_file, workspace.failure_file]
+    before = {file: file.read_bytes() if file.is_file() else None for file in files}
+    is_begun = False
+
+    def begun(is_so: bool = True) -> None:
+        nonlocal is_begun
+        is_begun = is_so
+
+    try:
+        yield begun
+    except BaseException:
+        if not is_begun:
+            for file, content in before.items():
+                if content is None:
+                    file.unlink(missing_ok=True)
+                else:
+                    with atomic_write(file) as restored:
+                        restored.write(content)
+        raise
+
+
 def _note(workspace: Workspace, remote: RemoteJob) -> None:
     """Write down what the run is and which job is to fill it in."""
     from detkit_sagemaker.runs import RECORD
@@ -228,10 +268,11 @@ def _put_aside(failure: Path) -> None:
         failure.rename(failure.with_name(f"failure.{1 + len(list(failure.parent.glob('failure.*')))}"))
 
 
-def _create(aws: Aws, request: Mapping[str, Any]) -> None:
-    """Create a training job. Ctrl-C stops it again.
+def _create(aws: Aws, request: Mapping[str, Any], workspace: Workspace) -> Exception | None:
+    """Create a training job; return the error where AWS refused it, so that there is none. Ctrl-C stops it again.
 
     boto3 calls again where an answer got lost, so an error does not mean that there is no job; that is asked for.
+    Raises `AwsError` where nobody can tell.
     """
     from detkit_sagemaker import resources
     from detkit_sagemaker.aws import AwsError, explained
@@ -240,18 +281,30 @@ def _create(aws: Aws, request: Mapping[str, Any]) -> None:
     try:
         with explained(f"starting training job {name} (sagemaker:CreateTrainingJob)"):
             client.create_training_job(**request)
+    except UsageError as error:  # of boto3 itself, which sent nothing
+        return error
     except AwsError as error:
         try:
             with explained(f"asking for training job {name} (sagemaker:DescribeTrainingJob)"):
                 found = client.describe_training_job(TrainingJobName=name)
         except AwsError as unknown:
             if resources.is_missing(unknown):
-                raise error from None
-            hint = f"if it runs all the same, `detkit runs attach {name} --backend {BACKEND}` follows it"
+                return error
+            hint = f"if it runs all the same, `detkit runs attach {workspace.path}` follows it"
             raise type(error)(f"{error}. {hint}", error.code) from unknown
-        if found.get("InputDataConfig") != request["InputDataConfig"]:
-            raise  # somebody else's, of the same name
+        # Its name has a part by chance, so with our role and place of output it is ours. AWS completes all else.
+        is_ours = (
+            found["RoleArn"] == request["RoleArn"]
+            and found["OutputDataConfig"]["S3OutputPath"] == request["OutputDataConfig"]["S3OutputPath"]
+        )
+        return None if is_ours else error
     except KeyboardInterrupt:
-        with contextlib.suppress(AwsError), explained(f"stopping training job {name} (sagemaker:StopTrainingJob)"):
-            client.stop_training_job(TrainingJobName=name)
+        told = f"asked AWS to stop training job {name}, which was just beginning; `detkit runs show {workspace.path}`"
+        try:
+            with explained(f"stopping training job {name} (sagemaker:StopTrainingJob)"):
+                client.stop_training_job(TrainingJobName=name)
+        except AwsError as error:
+            told = f"{error}. if the job runs it costs: `detkit runs stop {workspace.path}` ends it"
+        warnings.warn(told, DetkitWarning, stacklevel=2)
         raise
+    return None

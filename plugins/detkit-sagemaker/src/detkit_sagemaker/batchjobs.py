@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 RECORD = "images.json"
 """What is beside a job's answers in S3: what was asked, and which object is which image."""
 
+_PATIENCE_S = 300.0
+"""The network or the service may be away so long."""
 _READERS = 8
 _SHOWN = 5
 
@@ -82,13 +84,25 @@ class BatchJob:
         uploads.put(self.aws, self.output + RECORD, msgspec.json.encode(self.record))
 
     def wait(self, tell: Tell) -> str:
-        """Wait for the end, and return why it failed, empty where it did not. After ``max_runtime`` that is why."""
-        told, total = "", len({one.name for one in self.record.sent})
+        """Wait for the end, and return why it failed, empty where it did not. After ``max_runtime`` that is why.
+
+        Raises `AwsError` where AWS cannot be asked, some minutes after it could be.
+        """
+        told, total, heard = "", len({one.name for one in self.record.sent}), time.monotonic()
         for _ in resources.waits():
-            with explained(f"looking at transform job {self.name} (sagemaker:DescribeTransformJob)"):
-                found = self.aws.client("sagemaker").describe_transform_job(TransformJobName=self.name)
-            status = found["TransformJobStatus"]
-            done = len(self._answers()) if status == "InProgress" else None
+            try:
+                with explained(f"looking at transform job {self.name} (sagemaker:DescribeTransformJob)"):
+                    found = self.aws.client("sagemaker").describe_transform_job(TransformJobName=self.name)
+                status = found["TransformJobStatus"]
+                done = len(self._answers()) if status == "InProgress" else None
+            except AwsError as error:
+                if not resources.may_pass(error) or time.monotonic() - heard > _PATIENCE_S:
+                    raise
+                if told != str(error):
+                    tell(f"transform {self.name}: {error}; it goes on at AWS, and is asked for again")
+                    told = str(error)
+                continue
+            heard = time.monotonic()
             now = status if not done else f"{status}, {done} of {total} images"
             if now != told:
                 tell(f"transform {self.name}: {now}")
@@ -98,6 +112,10 @@ class BatchJob:
             if time.time() - found["CreationTime"].timestamp() > self.record.max_runtime:
                 return f"the job was stopped after max_runtime={self.record.max_runtime} s"
         raise AssertionError("unreachable: waiting has no end")
+
+    def leave(self) -> None:
+        """Let it go on: it ends by itself and somebody wants its answers, so clean-up is not to stop it."""
+        Ledger.of(self.aws).gone("transform-job", self.name)
 
     def clear(self, tell: Tell) -> None:
         """Stop the job if it runs, and remove the model at AWS; what cannot be removed is told."""

@@ -23,9 +23,6 @@ from detkit_sagemaker.uploads import Bundle, File
 
 DataFormat = Literal["recordio", "json", "manifest"]
 
-_LOCAL_ONLY = {"test"}
-"""Channels that a job has no use for: the test images are scored here, once, at the end."""
-
 _IMAGE_TYPE = "application/x-image"
 _RECORDIO = "application/x-recordio"
 _LABEL = "bounding-box"
@@ -45,6 +42,8 @@ class Staged:
     images: Bundle | None = None
     """What that file names and does not lie in S3 yet."""
     data_type: Literal["S3Prefix", "ManifestFile", "AugmentedManifestFile"] = "S3Prefix"
+    input_mode: Literal["File"] | None = None
+    """The job's own where None. FastFile takes prefixes alone, and nothing can be linked into it."""
     attribute_names: tuple[str, ...] = ()
     """Of an augmented manifest."""
 
@@ -67,7 +66,13 @@ class Staged:
                 record_wrapper="RecordIO",
                 attribute_names=self.attribute_names,
             )
-        return Channel(name=self.name, s3_uri=at, content_type=self.content_type, data_type=self.data_type)
+        return Channel(
+            name=self.name,
+            s3_uri=at,
+            content_type=self.content_type,
+            data_type=self.data_type,
+            input_mode=self.input_mode,
+        )
 
 
 def for_our_container(workspace: Workspace, job: Job, folder: Path) -> list[Staged]:
@@ -78,14 +83,14 @@ def for_our_container(workspace: Workspace, job: Job, folder: Path) -> list[Stag
     write_json(folder / "job" / "job.json", job)
     staged = [Staged(name="job", bundle=Bundle.of(folder / "job"))]
     for channel in sorted(path for path in (workspace.path / "input/data").iterdir() if path.is_dir()):
-        if channel.name == "job" or channel.name in _LOCAL_ONLY:
+        if channel.name == "job":
             continue
         there = _origins(workspace, channel.name)
         files = Bundle.of(channel, digests=_digests(workspace, channel.name), origins=there).files
         here = tuple(file for file in files if file.name not in there)
         if there and len({uploads.split(url)[0] for url in there.values()}) == 1:
             images, links = _left_in_s3(channel.name, there, folder)
-            staged += [images, Staged(name=channel.name, bundle=Bundle((*here, links)))]
+            staged += [images, Staged(name=channel.name, bundle=Bundle((*here, links)), input_mode="File")]
         elif files:
             staged.append(Staged(name=channel.name, bundle=Bundle(files)))
     return staged
@@ -101,7 +106,8 @@ def _left_in_s3(name: str, there: Mapping[str, str], folder: Path) -> tuple[Stag
     images, links = Bundle.of(target).files
     if images.name != _NAMED:
         images, links = links, images
-    return Staged(name=target.name, bundle=Bundle((images,)), file=_NAMED, data_type="ManifestFile"), links
+    named = Staged(name=target.name, bundle=Bundle((images,)), file=_NAMED, data_type="ManifestFile", input_mode="File")
+    return named, links
 
 
 def for_builtin(

@@ -170,7 +170,9 @@ def transform(
         str | None, typer.Option(metavar="JOB", help="Take what a job found that was started with `--wait false`.")
     ] = None,
     max_cost: Annotated[float | None, typer.Option(metavar="USD", help="What may be spent, by the estimate.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Start what costs money without --max-cost.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Start what costs money without --max-cost; `--wait false` needs it.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and what it costs.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -184,7 +186,7 @@ def transform(
     from detkit.progress import shown
     from detkit.settings import Settings
     from detkit_sagemaker.options import TransformOptions
-    from detkit_sagemaker.rescoring import images_of
+    from detkit_sagemaker.rescoring import Unknown
     from detkit_sagemaker.rescoring import transform as transform_dataset
     from detkit_sagemaker.transform import plan_batch, start_batch
 
@@ -207,16 +209,16 @@ def transform(
         origins={name: setting.origin for name, setting in chosen.items()},
     )
     opened = find_model(model)
-    if dry_run:
-        plan = plan_batch(opened, images_of(opened, data).paths, options)
-        if as_json:
-            messages.print_json(plan.to_dict())
-        else:
-            print(plan)
-        return
-    with shown():
-        if not options.wait and collect is None:
-            name = start_batch(opened, images_of(opened, data).paths, options, tell=messages.tell)
+    if dry_run or (collect is None and not options.wait):
+        with shown():
+            unknown = Unknown.of(opened, data)
+        if unknown.digests and dry_run:
+            plan = plan_batch(opened, unknown.paths, options)
+            messages.print_json(plan.to_dict()) if as_json else print(plan)
+            return
+        if unknown.digests:
+            with shown():
+                name = start_batch(opened, unknown.paths, options, tell=messages.tell)
             if as_json:
                 messages.print_json({"job": name})
             else:
@@ -224,7 +226,10 @@ def transform(
                 place = messages.shown(opened.path.parent)
                 print(f"next:  detkit sagemaker transform {place}{again} --collect {name}")
             return
-        looked, total = transform_dataset(opened, data, options, job=collect or "", tell=messages.tell)
+        looked, total = 0, unknown.total
+    else:
+        with shown():
+            looked, total = transform_dataset(opened, data, options, job=collect or "", tell=messages.tell)
     if as_json:
         messages.print_json({"images": total, "looked_at": looked})
         return

@@ -79,6 +79,7 @@ class _Deployment:
     aws: Aws
     model: Model
     name: str
+    root: str
     container: hosting.Container
     options: DeployOptions
     notes: tuple[str, ...]
@@ -90,7 +91,10 @@ class _Deployment:
         options, completed = complete(given)
         role = _check(model, options)
         aws = aws or Aws(options.region)
-        container = hosting.container_of(model, aws, hosting.root_of(aws, options), options.image_uri)
+        root = hosting.root_of(aws, options)
+        container = hosting.container_of(
+            model, aws, root, image_uri=options.image_uri, instance_type=options.instance_type
+        )
         name = requests.job_name(model.manifest.model[:40])
         expires = None if options.ttl is None else time.time() + options.ttl
         end = resources.NEVER if expires is None else iso(expires)
@@ -102,6 +106,7 @@ class _Deployment:
             model_data=container.artifact,
             options=options,
             environment=container.environment,
+            isolated=container.isolated,
             tags=tags,
         )
         create_config = requests.endpoint_config_request(name=name, model=name, options=options, tags=tags)
@@ -120,6 +125,7 @@ class _Deployment:
             aws=aws,
             model=model,
             name=name,
+            root=root,
             container=container,
             options=options,
             notes=completed.notes(),
@@ -142,11 +148,12 @@ class _Deployment:
             worst_case_s=options.ttl,
             price_per_hour=cost.price_per_hour,
             price_source=cost.source,
+            concerns=hosting.look_at_account(self.container, options, self.steps, self.aws, self.root),
         )
 
     def start(self, tell: Tell) -> SagemakerEndpoint:
         ledger = Ledger.of(self.aws)
-        self.container.bring(self.aws)
+        self.container.bring(self.aws, self.options.kms_key)
         try:
             for step in self.steps:
                 self._create(ledger, step)
@@ -278,7 +285,7 @@ def _schedule(aws: Aws, name: str, suffix: str, t: float, role: str) -> Step:
 
 def _estimate(aws: Aws, options: DeployOptions) -> pricing.Estimate:
     if options.serverless:
-        return pricing.serverless(memory_size=options.memory_size, region=aws.region)
+        return pricing.serverless(memory_size=options.memory_size, concurrency=options.concurrency, region=aws.region)
     return pricing.estimate(
         instance_type=options.instance_type,
         instance_count=options.instance_count,

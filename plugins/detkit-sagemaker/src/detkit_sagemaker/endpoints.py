@@ -20,6 +20,7 @@ from detkit_sagemaker.answers import Answers
 from detkit_sagemaker.aws import Aws, AwsError, explained
 from detkit_sagemaker.invoking import MOST_BYTES, MOST_BYTES_SERVERLESS, EndpointDetector
 from detkit_sagemaker.ledger import Kind, Ledger
+from detkit_sagemaker.recovery import going_on
 from detkit_sagemaker.resources import EXPIRES, OWNER, PREFIX, iso
 
 if TYPE_CHECKING:
@@ -193,6 +194,9 @@ def remove(aws: Aws, names: Sequence[str] | None = None, *, expired: bool = Fals
                 DetkitWarning,
                 stacklevel=2,
             )
+        if jobs := going_on(aws):
+            told = f"training jobs that were begun here go on: {', '.join(jobs)}"
+            warnings.warn(f"{told}; `detkit runs attach NAME --backend sagemaker`", DetkitWarning, stacklevel=2)
     alive = {one.name for one in there}
     names = [*(one.name for one in doomed), *_left_over(aws, ledger, alive)]
 

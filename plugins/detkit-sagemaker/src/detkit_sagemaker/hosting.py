@@ -7,20 +7,24 @@ import hashlib
 import json
 import tarfile
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from detkit import trust
-from detkit.errors import MissingSettings, UsageError
+from detkit.errors import MissingSettings, UnknownName, UsageError
 from detkit.files import file_sha256
 from detkit.job import Model
-from detkit_sagemaker import artifacts, uploads
+from detkit.plans import Concern
+from detkit_sagemaker import artifacts, preflight, uploads
 from detkit_sagemaker.answers import Answers, Kind
-from detkit_sagemaker.aws import Aws, explained
+from detkit_sagemaker.aws import Aws
 from detkit_sagemaker.container.training import CODE
 from detkit_sagemaker.images import builtin_image
-from detkit_sagemaker.options import AccountOptions
+from detkit_sagemaker.jumpstart import HubModel
+from detkit_sagemaker.models import jumpstart_id
+from detkit_sagemaker.options import AccountOptions, DeployOptions, TransformOptions
+from detkit_sagemaker.resources import Step
 
 CLASSES, KIND = "DETKIT_CLASSES", "DETKIT_ANSWERS"
 """Environment variables that keep the class names, and whose container it is, with the model at AWS."""
@@ -44,6 +48,10 @@ class Container:
     """S3 URL of the ``model.tar.gz``; it is not there yet where there is something `to_upload`."""
     answers: Answers
     environment: Mapping[str, str]
+    isolated: bool = False
+    """Whether it is to reach no network, where the options do not say."""
+    concerns: tuple[Concern, ...] = ()
+    """What speaks against the machine."""
     to_upload: Mapping[str, Path] = field(default_factory=dict)
     """Files that make the archive, by their names in it; or the archive itself, as the only one."""
 
@@ -51,16 +59,14 @@ class Container:
     def bytes_to_upload(self) -> int:
         return sum(path.stat().st_size for path in self.to_upload.values())
 
-    def bring(self, aws: Aws) -> None:
+    def bring(self, aws: Aws, kms_key: str | None = None) -> None:
         """Upload the artifact where it does not lie in S3 already."""
         if not self.to_upload:
             return
         uploads.ensure_bucket(aws, self.artifact)
-        bucket, key = uploads.split(self.artifact)
         with tempfile.TemporaryDirectory(prefix="detkit-model-") as folder:
             made = self.to_upload.get(artifacts.ARCHIVE) or pack(self.to_upload, Path(folder) / artifacts.ARCHIVE)
-            with explained(f"writing {self.artifact} (s3:PutObject)"):
-                aws.client("s3").upload_file(str(made), bucket, key)
+            uploads.put_file(aws, self.artifact, made, kms_key)
 
 
 def needs_image(model: Model) -> bool:
@@ -73,15 +79,15 @@ def root_of(aws: Aws, options: AccountOptions) -> str:
     return (options.output or f"s3://{aws.bucket}/detkit").rstrip("/")
 
 
-def container_of(model: Model, aws: Aws, root: str, image_uri: str | None) -> Container:
-    """Return what a model needs; looks at S3 and changes nothing. ``root`` is detkit's folder in S3.
+def container_of(model: Model, aws: Aws, root: str, *, image_uri: str | None, instance_type: str) -> Container:
+    """Return what a model needs; looks at S3 and the hub, and changes nothing. ``root`` is detkit's folder in S3.
 
     Raises `MissingSettings` where our container's image is not known, `UsageError` where the artifact is nowhere, or
     comes with code of its own that the user has not given to detkit.
     """
     theirs = artifacts.place_of(model.path)
     if theirs is not None:
-        return _of_aws(model, theirs, aws, root)
+        return _of_aws(model, theirs, aws, root, instance_type)
     if image_uri is None:
         raise MissingSettings([("image_uri", IMAGE_HINT)])
     files = {path.relative_to(model.path).as_posix(): path for path in model.path.rglob("*") if path.is_file()}
@@ -100,7 +106,30 @@ def container_of(model: Model, aws: Aws, root: str, image_uri: str | None) -> Co
     )
 
 
-def _of_aws(model: Model, place: artifacts.Place, aws: Aws, root: str) -> Container:
+def look_at_account(
+    container: Container, options: TransformOptions | DeployOptions, steps: Sequence[Step], aws: Aws, root: str
+) -> tuple[Concern, ...]:
+    """Return what AWS would reject of what is about to be created, and what else speaks against it; only looks."""
+    serverless = isinstance(options, DeployOptions) and options.serverless
+    use: preflight.Use = "hosting" if isinstance(options, DeployOptions) else "transform"
+    needs = {} if serverless else {(use, options.instance_type): options.instance_count}
+    rejected = [Concern(level="error", message=f"{step.operation}: {line}") for step in steps for line in step.faults()]
+    (role,) = (step.request["ExecutionRoleArn"] for step in steps if step.kind == "model")
+    return (
+        *container.concerns,
+        *rejected,
+        *([] if serverless else preflight.volume_key(options, options.instance_type)),
+        *preflight.account(
+            aws,
+            role_arn=role,
+            output=root,
+            needs=needs,
+            image_uri=container.image if container.answers.kind == "detkit" else None,
+        ),
+    )
+
+
+def _of_aws(model: Model, place: artifacts.Place, aws: Aws, root: str, instance_type: str) -> Container:
     """Return what a model of AWS's own image needs, whatever image of ours is set for other models.
 
     Its artifact is used where it lies, in the same region.
@@ -113,25 +142,41 @@ def _of_aws(model: Model, place: artifacts.Place, aws: Aws, root: str) -> Contai
             raise UsageError(f"the artifact of {model.path} is neither there ({artifacts.ARCHIVE}) nor at {url}")
         url = f"{root}/models/{file_sha256(here)[:32]}/{artifacts.ARCHIVE}"
         to_upload = {} if _is_there(aws, url) else {artifacts.ARCHIVE: here}
-    return Container(
-        image=_image(place, aws.region),
+    container = Container(
+        image=place.image,
         artifact=url,
         answers=Answers(kind=kind, classes=model.classes),
         environment={**place.environment, KIND: kind, **_classes(model)},
         to_upload=to_upload,
     )
+    if kind == "jumpstart":
+        return _as_hub_says(container, model, place, aws, instance_type)
+    image = place.image if place.region == aws.region else builtin_image(aws.region)
+    return replace(container, image=image, concerns=tuple(preflight.builtin_hosting(instance_type)))
 
 
-def _image(place: artifacts.Place, region: str) -> str:
-    """Return the image that opens a model of AWS's in a region. Raises `UsageError` where nobody knows it."""
-    if place.region == region:
-        return place.image
-    if place.kind == "jumpstart":
+def _as_hub_says(container: Container, model: Model, place: artifacts.Place, aws: Aws, instance_type: str) -> Container:
+    """Return a container with the image that JumpStart has for the machine, whose kind decides between several.
+
+    A hub that no longer has the model leaves what was noted when it was trained. Raises `UsageError` where that is of
+    another region.
+    """
+    try:
+        hub = HubModel.read(aws, jumpstart_id(model.manifest.model) or model.manifest.model, place.version)
+    except UnknownName:
+        if place.region == aws.region:
+            return container
         raise UsageError(
-            f"the model was trained in {place.region}, and which image opens it in {region} is not known; use it in "
-            f"{place.region} (--region {place.region})"
-        )
-    return builtin_image(region)
+            f"the model was trained in {place.region}, and which image opens it in {aws.region} is not known; use it "
+            f"in {place.region} (--region {place.region})"
+        ) from None
+    return replace(
+        container,
+        image=hub.hosting_image(instance_type),
+        environment={**container.environment, **hub.hosting_environment()},
+        isolated=hub.inference_enable_network_isolation,
+        concerns=tuple(hub.hosting_concerns(instance_type)),
+    )
 
 
 def pack(files: Mapping[str, Path], target: Path) -> Path:

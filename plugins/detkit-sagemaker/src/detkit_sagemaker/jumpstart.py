@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from detkit.errors import InvalidValue, UnknownName, Unsupported, UsageError
+from detkit.plans import Concern
 from detkit_sagemaker.aws import Aws, AwsError, explained
 from detkit_sagemaker.images import family
 from detkit_sagemaker.models import JUMPSTART, JumpstartParams, refuse_without_weights
@@ -125,7 +126,6 @@ class HubModel(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     training_enable_network_isolation: bool = False
     encrypt_inter_container_traffic: bool = False
     hosting_ecr_uri: str | None = None
-    hosting_artifact_uri: str | None = None
     hosting_script_uri: str | None = None
     hosting_use_script_uri: bool = True
     hosting_instance_type_variants: Variants = Variants()
@@ -134,19 +134,23 @@ class HubModel(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     supported_inference_instance_types: list[str] = []
     inference_enable_network_isolation: bool = False
     gated_bucket: bool = False
-    task: str = ""
-    framework: str = ""
     model_id: str = msgspec.field(default="", name="detkit:model_id")
     version: str = msgspec.field(default="", name="detkit:version")
     region: str = msgspec.field(default="", name="detkit:region")
 
     @classmethod
-    def read(cls, aws: Aws, model_id: str) -> HubModel:
-        """Ask the public hub for a model. Raises `UnknownName` with close ones, and `AwsError`."""
+    def read(cls, aws: Aws, model_id: str, version: str = "") -> HubModel:
+        """Ask the public hub for a model, the newest where no version is named.
+
+        Raises `UnknownName` with close ones, and `AwsError`.
+        """
         try:
             with explained(f"asking JumpStart for {model_id} (sagemaker:DescribeHubContent)"):
                 answer = aws.client("sagemaker").describe_hub_content(
-                    HubName=HUB, HubContentType="Model", HubContentName=model_id
+                    HubName=HUB,
+                    HubContentType="Model",
+                    HubContentName=model_id,
+                    **({"HubContentVersion": version} if version else {}),
                 )
         except AwsError as error:
             if error.code not in _NOT_FOUND:
@@ -157,10 +161,11 @@ class HubModel(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 
     @classmethod
     def decode(cls, document: str | bytes, model_id: str, *, version: str = "", region: str = "") -> HubModel:
-        """Read a hub's document. Raises `Unsupported` for one that is not as it should be."""
+        """Read a hub's document, where null is as good as nothing. Raises `Unsupported` for one that is no such."""
         try:
-            model = msgspec.json.decode(document, type=cls, strict=False)  # limits are numbers in some, text in others
-        except msgspec.DecodeError as error:
+            content = _without_nulls(msgspec.json.decode(document))
+            model = msgspec.convert(content, type=cls, strict=False)  # limits are numbers in some, text in others
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise Unsupported(
                 f"what JumpStart says of {model_id} cannot be read: {error}; it may be of a newer kind than this detkit"
             ) from None
@@ -200,6 +205,14 @@ class HubModel(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
         if not image:
             raise Unsupported(f"JumpStart names no image that answers for {self.model_id} on {instance_type}")
         return str(image)
+
+    def hosting_concerns(self, instance_type: str) -> list[Concern]:
+        """Return whether JumpStart does not name a machine for answering. Asks nobody."""
+        named = self.supported_inference_instance_types
+        if not named or instance_type in named:
+            return []
+        message = f"JumpStart names {', '.join(named)} for answers of {self.model_id}, and not {instance_type}"
+        return [Concern(level="warning", message=f"{message}; it may not run there")]
 
     def hosting_environment(self) -> dict[str, str]:
         """Return the environment of a container that answers with a model trained from this one.
@@ -315,6 +328,12 @@ def _unknown(aws: Aws, model_id: str) -> UnknownName:
         known, hint = (), str(error)
     close = difflib.get_close_matches(model_id, known, n=8, cutoff=0.5) or list(known)[:20]
     return UnknownName(f"model in JumpStart's hub in {aws.region}", model_id, close, hint)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _has(hyperparameter: Hyperparameter) -> bool:

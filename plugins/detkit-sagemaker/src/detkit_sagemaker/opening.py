@@ -31,9 +31,6 @@ _ANSWERS_ELSEWHERE = """\
   for single images, from an endpoint that costs:  detkit deploy {path} --ttl 2h --yes
 A model that our container trained, or this machine, answers here."""
 
-_INSTALL = """
-`detkit backends install gluoncv` lets it open here{first}."""
-
 _LEARNED_HOW = (
     "{name} is opened here as SSD is in MXNet's own examples: AWS does not say how its image prepares pictures, so its "
     "answers may differ. `detkit sagemaker transform {path} DATA --yes` asks AWS's image itself"
@@ -55,11 +52,12 @@ def open_here(model: Model, options: PredictOptions) -> Detector:
         raise Unsupported(elsewhere)
     backend = plugins.backends().get(ENGINE_OF)
     if not isinstance(backend, LocalBackend):
-        raise Unsupported(elsewhere + _INSTALL.format(first=", after `pip install detkit-gluoncv`"))
+        how = "`pip install detkit-gluoncv`, then `detkit backends install gluoncv`"
+        raise Unsupported(f"{elsewhere}\nTo open it here: {how}")
     try:
         backend.interpreter(None)
     except PluginError as error:
-        raise Unsupported(elsewhere + _INSTALL.format(first=f" ({error})")) from None
+        raise Unsupported(f"{elsewhere}\nTo open it here: {error}") from None
     with tempfile.TemporaryDirectory(prefix="detkit-mxnet-") as folder:
         try:
             detector = backend.open(prepare(model, archive, backend, Path(folder)), options, isolate=True)

@@ -22,7 +22,7 @@ Statement = dict[str, Any]
 
 EXECUTION_ROLE, SCHEDULER_ROLE, BUILD_ROLE = "detkit-execution", "detkit-scheduler", "detkit-build"
 USER_POLICY = "detkit-user"
-"""Names in the account."""
+"""Names in the account. Roles are those of every region; what is of one region, has its name at the end."""
 
 NAMES = "detkit-*"
 """What detkit creates is named so, and no statement about creating or deleting covers anything else."""
@@ -51,8 +51,8 @@ class Policies:
         """Return those of the account that is used."""
         return cls(account=aws.account, region=aws.region, bucket=bucket or aws.bucket, partition=aws.partition)
 
-    def _arn(self, service: str, resource: str) -> str:
-        return f"arn:{self.partition}:{service}:{self.region}:{self.account}:{resource}"
+    def _arn(self, service: str, resource: str, region: str = "") -> str:
+        return f"arn:{self.partition}:{service}:{region or self.region}:{self.account}:{resource}"
 
     def role_arn(self, name: str) -> str:
         return f"arn:{self.partition}:iam::{self.account}:role/{name}"
@@ -184,13 +184,16 @@ class Policies:
 
     @property
     def expiry(self) -> list[Statement]:
-        """What the scheduler role may do: delete what detkit deployed, nothing else."""
+        """What the scheduler role may do: delete what detkit deployed, in every region, nothing else.
+
+        Endpoints of any region depend on it, so one region's `apply` takes nothing from another.
+        """
         kinds = ("endpoint", "endpoint-config", "model")
         return [
             _allow(
                 "DetkitDeleteExpired",
                 [f"sagemaker:{operation}" for operation in _DELETES],
-                [self._arn("sagemaker", f"{kind}/{NAMES}") for kind in kinds],
+                [self._arn("sagemaker", f"{kind}/{NAMES}", region="*") for kind in kinds],
             )
         ]
 
@@ -214,11 +217,11 @@ class Policies:
             "account": self.account,
             "region": self.region,
             "bucket": self.bucket,
-            "user": {"policy": USER_POLICY, "document": policy(self.user)},
+            "user": {"policy": f"{USER_POLICY}-{self.region}", "document": policy(self.user)},
             "roles": {
                 self.execution_role: {
                     "trust": self.trust("sagemaker"),
-                    "policies": {"detkit": policy(self.execution)},
+                    "policies": {f"detkit-{self.region}": policy(self.execution)},
                 },
                 self.scheduler_role: {
                     "trust": self.trust("scheduler"),
@@ -226,7 +229,7 @@ class Policies:
                 },
                 BUILD_ROLE: {
                     "trust": self.trust("codebuild"),
-                    "policies": {"detkit": policy(self.building)},
+                    "policies": {f"detkit-{self.region}": policy(self.building)},
                 },
             },
         }
@@ -255,6 +258,8 @@ def policy(statements: Sequence[Statement]) -> dict[str, Any]:
 
 def apply(aws: Aws, policies: Policies) -> list[str]:
     """Make the roles and the user's policy, or bring them up to date; return what was done, a line for each.
+
+    What another region was given before stays.
 
     Nobody is given the user's policy: that is for an administrator to decide. Raises `AwsError`.
     """

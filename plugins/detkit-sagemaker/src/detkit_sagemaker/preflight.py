@@ -46,6 +46,7 @@ _ECR = re.compile(
     r"(:(?P<tag>[^@]+)|@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
 _SHOWN = 3
+_SHARE_OF_DISK = 0.8
 _CHANNELS = ("train", "validation")
 
 
@@ -172,6 +173,8 @@ def machine(way: Way, options: SagemakerOptions, instance_type: str) -> list[Con
         found.append(_warning("JumpStart's scripts train on one machine; the others would be paid and do nothing"))
     if options.input_mode == "pipe" and way != "builtin":
         found.append(_error("input_mode=pipe is for the built-in algorithm only; choose file or fastfile"))
+    if options.input_mode == "fastfile" and way == "builtin":
+        found.append(_error("input_mode=fastfile is not for the built-in algorithm; choose file or pipe"))
     if options.input_mode == "pipe" and options.data_format == "json":
         found.append(_error("input_mode=pipe streams RecordIO or a manifest; choose data_format=recordio or manifest"))
     if options.spot and way == "jumpstart":
@@ -186,6 +189,18 @@ def builtin_hosting(instance_type: str) -> list[Concern]:
         return []
     named = ", ".join(images.BUILTIN_HOSTING)
     return [_warning(f"AWS names {named} for the built-in algorithm's answers, and not {family}; it may not run there")]
+
+
+def volume(options: SagemakerOptions, gigabytes: int, data_bytes: int) -> list[Concern]:
+    """Return whether the data that is copied to a machine is too much for its disk. Asks nobody."""
+    if options.input_mode != "file" or data_bytes < _SHARE_OF_DISK * gigabytes * 1e9:
+        return []
+    return [
+        _error(
+            f"{data_bytes / 1e9:.0f} GB of data do not fit on volume_size={gigabytes} GB beside the model and its "
+            "checkpoints; give more, or input_mode=fastfile"
+        )
+    ]
 
 
 def volume_key(options: AccountOptions, instance_type: str) -> list[Concern]:

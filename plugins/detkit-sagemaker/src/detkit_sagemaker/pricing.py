@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from detkit.errors import InvalidValue, UsageError
+from detkit.plans import to_cents
 
 VARIABLE = "DETKIT_SAGEMAKER_PRICES"
 Use = Literal["training", "transform", "hosting"]
@@ -97,16 +98,19 @@ def estimate(
     return Estimate(price_per_hour=None, seconds=seconds, source=why)
 
 
-def serverless(*, memory_size: int, region: str) -> Estimate:
-    """Return what an hour of answering costs a serverless endpoint of so many megabytes; waiting costs nothing."""
+def serverless(*, memory_size: int, concurrency: int, region: str) -> Estimate:
+    """Return what an hour of answering costs at most on a serverless endpoint; waiting costs nothing.
+
+    ``memory_size`` is the megabytes of each of ``concurrency`` requests that are answered at once, and paid each.
+    """
     for prices, origin in _tables():
         if prices.serverless_usd_per_gb_second is not None:
             factor, where = _factor(prices, region)
-            price = prices.serverless_usd_per_gb_second * memory_size / 1024 * 3600 * factor
+            price = prices.serverless_usd_per_gb_second * memory_size / 1024 * 3600 * factor * concurrency
             parts = [
                 *origin,
                 f"{prices.source}, {prices.as_of}{where}",
-                "only while it answers; data is paid beside it",
+                f"while it answers {concurrency} requests at once without a pause; data is paid beside it",
             ]
             return Estimate(price_per_hour=price, seconds=None, source="; ".join(parts))
     return Estimate(price_per_hour=None, seconds=None, source="no table has serverless_usd_per_gb_second")
@@ -123,9 +127,9 @@ def runtime_within(max_cost: float, *, instance_type: str, instance_count: int =
             f"max_cost={max_cost:g} cannot be kept: the price of {known.source}; or give yes=True (--yes) and rely on "
             "max_runtime"
         )
-    seconds = int(max_cost / known.price_per_hour * 3600)
+    seconds = int(max_cost / known.price_per_hour * 3600 + 1e-6)
     if seconds < SHORTEST:
-        least = known.price_per_hour * SHORTEST / 3600
+        least = to_cents(known.price_per_hour * SHORTEST / 3600)
         raise InvalidValue(
             "max_cost",
             max_cost,

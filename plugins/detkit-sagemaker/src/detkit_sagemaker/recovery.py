@@ -11,6 +11,7 @@ from detkit.job import CHANNELS, Workspace
 from detkit_sagemaker import hosting, uploads
 from detkit_sagemaker.aws import Aws, AwsError, explained
 from detkit_sagemaker.container.archives import unpack
+from detkit_sagemaker.ledger import Ledger
 from detkit_sagemaker.resources import is_missing
 
 _OF_A_CHANNEL = ("columns.npz", "digests.json")
@@ -67,3 +68,23 @@ def recover(aws: Aws, name: str, folder: Path) -> Workspace:
 
 def _url(root: str, name: str) -> str:
     return f"{root}/runs/{name}.tar.gz"
+
+
+def going_on(aws: Aws) -> list[str]:
+    """Return the training jobs that this machine began, and that go on; those that AWS does not know are forgotten."""
+    ledger, found = Ledger.of(aws), []
+    for entry in ledger.pending():
+        if entry.kind != "training-job":
+            continue
+        try:
+            with explained(f"asking for training job {entry.name} (sagemaker:DescribeTrainingJob)"):
+                job = aws.client("sagemaker").describe_training_job(TrainingJobName=entry.name)
+        except AwsError as error:
+            if not is_missing(error):
+                raise
+            if entry.is_abandoned:  # else it may just be beginning
+                ledger.gone("training-job", entry.name)
+            continue
+        if job["TrainingJobStatus"] in {"InProgress", "Stopping"}:
+            found.append(entry.name)
+    return found

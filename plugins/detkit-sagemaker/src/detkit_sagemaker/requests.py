@@ -6,7 +6,6 @@ Everything here is pure: no credentials, no network. The check is against the se
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,15 +65,6 @@ class Channel:
 def job_name(run_name: str) -> str:
     """Return a new name that AWS takes, of at most 63 characters: ``detkit-<run name>-<8 hex digits>``."""
     return f"detkit-{_cleaned(run_name, _NAME_LENGTH - 16)}-{secrets.token_hex(4)}"
-
-
-def resource_name(*parts: str) -> str:
-    """Return one name of at most 63 characters for parts, always the same one; a long one ends in its digest."""
-    whole = _cleaned("-".join(parts), 10_000)
-    if len(whole) <= _NAME_LENGTH:
-        return whole
-    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
-    return f"{_cleaned(whole, _NAME_LENGTH - 9)}-{digest}"
 
 
 def _cleaned(name: str, length: int) -> str:

@@ -7,6 +7,7 @@ transform of that name is used by nobody.
 from __future__ import annotations
 
 import getpass
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,8 +16,9 @@ from datetime import datetime, timezone
 from typing import Any, TypeAlias
 
 from detkit_sagemaker import logs
-from detkit_sagemaker.aws import Aws, AwsError, explained
+from detkit_sagemaker.aws import Aws, AwsError, Throttled, explained
 from detkit_sagemaker.ledger import Kind, Ledger
+from detkit_sagemaker.requests import check_request
 
 PREFIX = "detkit-"
 """What every name begins with."""
@@ -26,6 +28,8 @@ OWNER, EXPIRES = "detkit:owner", "detkit:expires"
 
 NEVER = "never"
 
+_BY_TIME = re.compile(r"botocore-session-\d+")
+_PASSING = {"", "InternalError", "InternalFailure", "InternalServerError", "ServiceUnavailable", "500", "502", "503"}
 _LOG_LINES = 20
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _SHARE = 0.2, 30.0, 0.05
 
@@ -41,6 +45,10 @@ class Step:
     @property
     def operation(self) -> str:
         return _OPERATIONS[self.kind][1]
+
+    def faults(self) -> list[str]:
+        """Return what AWS would reject of the request, by its own model of it. Asks nobody."""
+        return check_request(self.operation, self.request, _OPERATIONS[self.kind][0])
 
 
 _OPERATIONS: Mapping[Kind, tuple[str, str, str, str]] = {
@@ -85,8 +93,14 @@ def remove(aws: Aws, ledger: Ledger, kind: Kind, name: str) -> bool:
 def is_missing(error: AwsError) -> bool:
     """Return whether AWS says that there is no such thing; SageMaker has no code of its own for it."""
     return error.code in {"ResourceNotFound", "ResourceNotFoundException"} or (
-        error.code == "ValidationException" and "could not find" in str(error).lower()
+        error.code == "ValidationException"
+        and any(said in str(error).lower() for said in ("could not find", "requested resource not found"))
     )
+
+
+def may_pass(error: AwsError) -> bool:
+    """Return whether AWS could not be reached or was in trouble of its own, so that asking again may help."""
+    return isinstance(error, Throttled) or (type(error) is AwsError and error.code in _PASSING)
 
 
 def is_busy(error: AwsError) -> bool:
@@ -167,8 +181,14 @@ def own_tags(aws: Aws, run: str) -> dict[str, str]:
 
 
 def owner(aws: Aws) -> str:
-    """Return who the credentials are: the last part of their ARN, else the user of this machine."""
-    return aws.identity["Arn"].rpartition("/")[2] or getpass.getuser()
+    """Return who the credentials are: the last part of their ARN, else the user of this machine.
+
+    A session that botocore named by the time is another one every hour; then it is the role's name.
+    """
+    who, _, name = aws.identity["Arn"].rpartition("/")
+    if _BY_TIME.fullmatch(name):
+        name = who.rpartition("/")[2]
+    return name or getpass.getuser()
 
 
 def iso(t: float) -> str:

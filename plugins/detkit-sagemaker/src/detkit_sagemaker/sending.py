@@ -33,6 +33,8 @@ class Sent:
     """Pixels as displayed; 0 where only the container needs to know."""
     height: int
     bytes: int
+    digest: str = ""
+    """sha256 of the image file as it is here; empty for one that lies in S3 only."""
 
 
 def stage(aws: Aws, sources: Iterable[str | Path], kind: Kind, folder: Path) -> tuple[list[Sent], uploads.Bundle]:
@@ -62,7 +64,7 @@ def _here(path: str, kind: Kind, folder: Path) -> tuple[Sent, uploads.File]:
         return _staged(path, source.read_bytes(), kind, folder)
     digest, size = file_sha256(source), source.stat().st_size
     name = digest + source.suffix.lower()
-    return Sent(path, name, width, height, size), uploads.File(name, source, digest, size)
+    return Sent(path, name, width, height, size, digest), uploads.File(name, source, digest, size)
 
 
 def _staged(path: str, content: bytes, kind: Kind, folder: Path) -> tuple[Sent, uploads.File]:
@@ -70,7 +72,8 @@ def _staged(path: str, content: bytes, kind: Kind, folder: Path) -> tuple[Sent, 
     digest = hashlib.sha256(to_send).hexdigest()
     target = folder / digest
     target.write_bytes(to_send)
-    return Sent(path, digest, width, height, len(to_send)), uploads.File(digest, target, digest, len(to_send))
+    original = hashlib.sha256(content).hexdigest()
+    return Sent(path, digest, width, height, len(to_send), original), uploads.File(digest, target, digest, len(to_send))
 
 
 def _in_s3(aws: Aws, url: str, path: str, kind: Kind, folder: Path) -> tuple[Sent, uploads.File]:
@@ -83,12 +86,14 @@ def _in_s3(aws: Aws, url: str, path: str, kind: Kind, folder: Path) -> tuple[Sen
     digest = hashlib.sha256(f"{url}\n{head['ETag']}\n{head['ContentLength']}".encode()).hexdigest()
     name = digest + PurePosixPath(key).suffix.lower()
     file = uploads.File(name, url, digest, head["ContentLength"])
+    here = Path(path)
+    known = file_sha256(here) if here.is_file() else ""
     if kind == "detkit":
-        return Sent(path, name, 0, 0, file.bytes), file
+        return Sent(path, name, 0, 0, file.bytes, known), file
     with contextlib.suppress(ImageError):  # its header is longer, or it is broken
         width, height, as_it_is = look(kind, begin, url)
         if as_it_is:
-            return Sent(path, name, width, height, file.bytes), file
+            return Sent(path, name, width, height, file.bytes, known), file
     with explained(f"reading {url} (s3:GetObject)"):
         content = client.get_object(Bucket=bucket, Key=key)["Body"].read()
     return _staged(path, content, kind, folder)

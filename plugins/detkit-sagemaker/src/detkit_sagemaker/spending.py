@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from detkit.errors import UsageError
-from detkit.plans import Plan
+from detkit.plans import Plan, to_cents
 from detkit_sagemaker.options import AccountOptions
+
+_TOLERANCE = 1e-6
+"""US dollars, for what floating point adds."""
 
 
 def approve(plan: Plan, options: AccountOptions) -> None:
@@ -17,13 +20,13 @@ def approve(plan: Plan, options: AccountOptions) -> None:
     if options.yes:
         return
     cost = plan.worst_case_cost
-    if options.max_cost is not None and cost is not None and cost <= options.max_cost:
+    if options.max_cost is not None and cost is not None and cost <= options.max_cost + _TOLERANCE:
         return
     if options.max_cost is None:
         why = "this costs money, so it is not started without a word"
     elif cost is None:
         why = f"max_cost={options.max_cost:g} cannot be kept, as nobody knows what this costs at most"
     else:
-        why = f"this may cost {cost:.2f} USD, more than max_cost={options.max_cost:g}"
-    enough = "" if cost is None else f"max_cost={max(cost, 0.01):.2f} (--max-cost {max(cost, 0.01):.2f}), or "
+        why = f"this may cost {to_cents(cost):.2f} USD, more than max_cost={options.max_cost:g}"
+    enough = "" if cost is None else f"max_cost={to_cents(cost):.2f} (--max-cost {to_cents(cost):.2f}), or "
     raise UsageError(f"{why}:\n{plan.summary()}\nif that is right, say {enough}yes=True (--yes)")

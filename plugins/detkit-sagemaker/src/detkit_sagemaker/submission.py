@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -19,18 +19,20 @@ from detkit_sagemaker.artifacts import place_of
 from detkit_sagemaker.aws import Aws
 from detkit_sagemaker.channels import Staged
 from detkit_sagemaker.defaults import complete, role_arn
-from detkit_sagemaker.hosting import root_of
-from detkit_sagemaker.images import builtin_image
+from detkit_sagemaker.hosting import IMAGE_HINT, ROLE_HINT, root_of
+from detkit_sagemaker.images import TRAINING_INSTANCE, builtin_image
 from detkit_sagemaker.jumpstart import MODEL_CONTENT, HubModel
 from detkit_sagemaker.models import BUILTIN, JumpstartParams, jumpstart_id, local_backend
 from detkit_sagemaker.options import SagemakerOptions
 from detkit_sagemaker.pricing import Estimate
 from detkit_sagemaker.requests import Channel, Request, check_request, job_name, training_request
 from detkit_sagemaker.resources import owner
+from detkit_sagemaker.uploads import Bundle
+
+if TYPE_CHECKING:
+    from detkit_sagemaker.runs import RemoteJob
 
 Kind = Literal["ours", "builtin", "jumpstart"]
-
-DEFAULT_INSTANCE = "ml.g4dn.xlarge"
 
 _METRICS = ("val/AP", "val/AP50", "val/AP75", "val/loss", "train/loss", "train/learning_rate", "test/AP", "test/AP50")
 """Of every engine; what its losses consist of comes from `detkit.backends.ModelSpec.losses`."""
@@ -58,6 +60,11 @@ class Submission:
     """What will answer with the model at AWS, where its image is not ours."""
     concerns: list[Concern] = field(default_factory=list)
 
+    @property
+    def bundles(self) -> list[Bundle]:
+        """All that has to lie in S3."""
+        return [bundle for one in self.staged for bundle in one.bundles]
+
     def look_at_account(self, aws: Aws) -> list[Concern]:
         """Return what is wrong with the account, and what speaks against the machine and the request; only looks."""
         resources = self.request["ResourceConfig"]
@@ -71,6 +78,7 @@ class Submission:
             *self.concerns,
             *rejected,
             *preflight.machine(self.kind, self.options, instance_type),
+            *preflight.volume(self.options, resources["VolumeSizeInGB"], sum(bundle.bytes for bundle in self.bundles)),
             *preflight.volume_key(self.options, instance_type),
             *preflight.account(aws, role_arn=self.request["RoleArn"], output=self.root, needs=needs, image_uri=image),
         ]
@@ -81,20 +89,44 @@ def kind_of(model: str) -> Kind:
     return "builtin" if model == BUILTIN else "jumpstart" if jumpstart_id(model) is not None else "ours"
 
 
-def prepare(aws: Aws, workspace: Workspace, job: Job, folder: Path, *, checkpoints_of: str | None = None) -> Submission:
+def prepare(
+    aws: Aws,
+    workspace: Workspace,
+    job: Job,
+    folder: Path,
+    *,
+    earlier: RemoteJob | None = None,
+    spent: float | None = 0.0,
+) -> Submission:
     """Return the job's request and its data, written into ``folder`` where it needs another form; only looks at AWS.
 
-    ``checkpoints_of`` is the name of the job to go on from. Raises `UsageError`, `MissingSettings` and `AwsError`.
+    ``earlier`` is the job to go on from, ``spent`` the US dollars that the run has cost; None where nobody knows.
+    Raises `UsageError`, `MissingSettings` and `AwsError`.
     """
     given = msgspec.convert(job.options, SagemakerOptions)
     options, completed = complete(given)
     if options.role is None:
-        raise MissingSettings(
-            [("role", "the execution role's ARN or name; `detkit sagemaker setup --print` shows what it may do")]
-        )
+        raise MissingSettings([("role", ROLE_HINT)])
     kind, notes = kind_of(job.model), list(completed.notes())
+    if options.max_cost is not None and spent != 0:
+        options = msgspec.structs.replace(options, max_cost=_left(options.max_cost, spent))
+        notes.append(f"of max_cost={given.max_cost:g}, {spent:.2f} USD are spent by the run's earlier jobs")
     way = {"ours": _ours, "builtin": _builtin, "jumpstart": _jumpstart}[kind]
-    return way(_Common(aws, workspace, job, folder, options, notes, job_name(workspace.path.name), checkpoints_of))
+    return way(_Common(aws, workspace, job, folder, options, notes, job_name(workspace.path.name), earlier))
+
+
+def _left(max_cost: float, spent: float | None) -> float:
+    """Return what is left of an amount. Raises `UsageError` where that is nothing, or not known."""
+    if spent is None:
+        raise UsageError(
+            f"max_cost={max_cost:g} cannot be kept, as nobody knows what the run's earlier jobs cost; give yes=True "
+            "(--yes) and rely on max_runtime, or start a new run"
+        )
+    if spent >= max_cost:
+        raise UsageError(
+            f"the run has cost about {spent:.2f} USD, and max_cost={max_cost:g} is for all of it; give more"
+        )
+    return max_cost - spent
 
 
 @dataclass(frozen=True)
@@ -106,7 +138,7 @@ class _Common:
     options: SagemakerOptions
     notes: list[str]
     name: str
-    checkpoints_of: str | None
+    earlier: RemoteJob | None
 
     @property
     def root(self) -> str:
@@ -145,34 +177,38 @@ def _ours(given: _Common) -> Submission:
     assert found is not None  # the model's parameters came from it
     backend, model = found
     if given.options.image_uri is None:
-        raise MissingSettings(
-            [("image_uri", "our container in your ECR, which `detkit sagemaker build-image` makes and names")]
-        )
+        raise MissingSettings([("image_uri", IMAGE_HINT)])
     if given.options.instance_count > 1:
         raise Unsupported(
             f"instance_count={given.options.instance_count}: the engines of detkit train on one machine; give "
             "instance_count=1, and a larger instance_type where one is too slow"
         )
-    job = msgspec.structs.replace(
-        given.job,
-        backend=backend.name,
-        model=model,
-        engine=backend.engine,
-        params=_params_there(given.job.params, given.workspace),
-        options=msgspec.to_builtins(backend.options()),
-        versions=plugins.versions(backend.name),
-    )
-    staged = channels.for_our_container(given.workspace, job, given.folder)
+    earlier, staged = given.earlier, list[Staged]()
+    if earlier is None or not earlier.staged:
+        job = msgspec.structs.replace(
+            given.job,
+            backend=backend.name,
+            model=model,
+            engine=backend.engine,
+            params=_params_there(given.job.params, given.workspace),
+            options=msgspec.to_builtins(backend.options()),
+            versions=plugins.versions(backend.name),
+        )
+        staged = channels.for_our_container(given.workspace, job, given.folder)
     losses = backend.models[model].losses
     parts = [*(f"train/{name}" for name in losses), *(f"val/{_validation(name)}" for name in losses)]
     metrics = {name: pattern(name) for name in [*_METRICS, *parts][:_MOST_METRICS]}
     request, estimate = given.request(
         image=given.options.image_uri,
-        instance_type=given.options.instance_type or DEFAULT_INSTANCE,
+        instance_type=given.options.instance_type or TRAINING_INSTANCE,
         entries=[one.channel(given.root) for one in staged],
         metrics=metrics,
-        checkpoints=f"{given.root}/checkpoints/{given.checkpoints_of or given.name}",
+        checkpoints=f"{given.root}/checkpoints/{given.name}",
     )
+    if earlier is not None:
+        request["CheckpointConfig"] = earlier.request["CheckpointConfig"]
+        if earlier.staged:  # all that is to be done again lies in S3, and need not be here
+            request["InputDataConfig"] = earlier.request["InputDataConfig"]
     return Submission(
         kind="ours",
         name=given.name,
@@ -224,7 +260,7 @@ def _builtin(given: _Common) -> Submission:
     image = builtin_image(given.aws.region)
     request, estimate = given.request(
         image=image,
-        instance_type=given.options.instance_type or DEFAULT_INSTANCE,
+        instance_type=given.options.instance_type or TRAINING_INSTANCE,
         entries=entries,
         hyperparameters=hyperparameters,
         checkpoints=f"{given.root}/checkpoints/{given.name}" if given.options.spot else None,
@@ -267,7 +303,7 @@ def _jumpstart(given: _Common) -> Submission:
         encrypted=hub.encrypt_inter_container_traffic,
         volume_size=hub.training_volume_size,
     )
-    host = hub.default_inference_instance_type or DEFAULT_INSTANCE
+    host = hub.default_inference_instance_type or TRAINING_INSTANCE
     validation = given.workspace.dataset("validation")
     split = "JumpStart takes no validation images: it divides what it is given, 80 to 20, by itself" + (
         f"; the {len(validation)} validation images are given to it as well, and count as seen" if validation else ""
@@ -282,7 +318,11 @@ def _jumpstart(given: _Common) -> Submission:
         estimate=estimate,
         notes=[*given.notes, split],
         metrics=hub.metrics,
-        hosting={"image": hub.hosting_image(host), "environment": hub.hosting_environment()},
+        hosting={
+            "image": hub.hosting_image(host),
+            "environment": hub.hosting_environment(),
+            "version": hub.version,
+        },
     )
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from detkit.errors import InvalidValue, MissingSettings
 from detkit.plans import Plan
 from detkit_sagemaker import hosting, pricing, requests, resources, uploads
-from detkit_sagemaker.aws import Aws
+from detkit_sagemaker.aws import Aws, AwsError
 from detkit_sagemaker.batchjobs import BatchJob, Record, TransformFailed, output_of
 from detkit_sagemaker.defaults import complete, role_arn
 from detkit_sagemaker.hosting import Container, container_of, root_of
@@ -53,13 +55,14 @@ def predict_batch(
     """Yield the detections on each image, in order, once a batch transform job at AWS has ended.
 
     ``sources`` are files, images in packs, or ``s3://`` URLs. Nothing is sent before the first one is asked for.
-    Ctrl-C stops the job. Images that fail do not hold up the others: they are left out, and at the end
-    `TransformFailed` names them. Raises `MissingSettings`, `UsageError` for what costs money unsaid and for images that
-    are too large, `ImageError`, and `AwsError`.
+    Ctrl-C stops the job; where AWS cannot be asked any more it goes on, and the error says how to collect it. Images
+    that fail do not hold up the others: they are left out, and at the end `TransformFailed` names them. Raises
+    `MissingSettings`, `UsageError` for what costs money unsaid and for images that are too large, `ImageError`, and
+    `AwsError`.
     """
 
-    job = _start(model, sources, options, aws, tell)
-    yield from _finish(job, score_threshold, max_detections, tell)
+    job = begin(model, sources, msgspec.structs.replace(options, wait=True), aws, tell)
+    yield from finish(job, score_threshold, max_detections, tell)
 
 
 def start_batch(
@@ -72,11 +75,11 @@ def start_batch(
 ) -> str:
     """Start what `predict_batch` does, and return the job's name for `collect_batch`, here or on another machine.
 
-    Nobody stops it after ``max_runtime`` then but who collects it. Raises as `predict_batch` does.
+    Nobody stops it after ``max_runtime`` then but who collects it, so ``max_cost`` cannot be kept and ``yes`` is
+    needed. Raises as `predict_batch` does.
     """
-    job = _start(model, sources, options, aws, tell)
-    # It ends by itself and somebody wants its answers, so clean-up is not to stop it.
-    Ledger.of(job.aws).gone("transform-job", job.name)
+    job = begin(model, sources, msgspec.structs.replace(options, wait=False), aws, tell)
+    job.leave()
     return job.name
 
 
@@ -93,27 +96,41 @@ def collect_batch(
 
     Of the ``options``, region and output count. Raises `UsageError` where there is no such job, and `TransformFailed`.
     """
+    yield from finish(find_batch(name, options, aws), score_threshold, max_detections, tell)
+
+
+def find_batch(name: str, options: TransformOptions, aws: Aws | None = None) -> BatchJob:
+    """Return a job of `start_batch`. Raises `UsageError` where there is none of that name."""
     options, _ = complete(options)
     aws = aws or Aws(options.region)
-    job = BatchJob.find(aws, name, root_of(aws, options))
-    yield from _finish(job, score_threshold, max_detections, tell)
+    return BatchJob.find(aws, name, root_of(aws, options))
 
 
-def _start(
+def begin(
     model: Model, sources: Iterable[str | Path], options: TransformOptions, aws: Aws | None, tell: Tell
 ) -> BatchJob:
+    """Start a job. Raises as `predict_batch` does; nothing is left of what fails."""
     with TemporaryDirectory(prefix="detkit-images-") as folder:
         prepared = _Transform.prepare(model, sources, options, aws, Path(folder))
         approve(prepared.plan(), prepared.options)
         return prepared.start(tell)
 
 
-def _finish(job: BatchJob, score_threshold: float, max_detections: int | None, tell: Tell) -> Iterator[Detections]:
-    """Wait, and leave neither a running job nor its model behind, whatever happens."""
+def finish(job: BatchJob, score_threshold: float, max_detections: int | None, tell: Tell) -> Iterator[Detections]:
+    """Wait, remove the job's model, and yield what there is; the job is stopped by Ctrl-C and by its limit.
+
+    Where AWS cannot be asked any more it goes on, and so it does where a machine lost its network.
+    """
     try:
         failure = job.wait(tell)
-    finally:
+    except AwsError as error:
+        job.leave()
+        hint = f"transform {job.name} goes on at AWS; `detkit sagemaker transform MODEL DATA --collect {job.name}`"
+        raise type(error)(f"{error}. {hint} takes what it finds", error.code) from error
+    except BaseException:
         job.clear(tell)
+        raise
+    job.clear(tell)
     yield from job.detections(failure, score_threshold, max_detections)
 
 
@@ -144,7 +161,7 @@ class _Transform:
         role = _check(model, options)
         aws = aws or Aws(options.region)
         root = root_of(aws, options)
-        container = container_of(model, aws, root, options.image_uri)
+        container = container_of(model, aws, root, image_uri=options.image_uri, instance_type=options.instance_type)
         sent, bundle = stage(aws, sources, container.answers.kind, folder)
         _refuse_large(sent, options)
         name = requests.job_name(f"transform-{model.manifest.model}"[:40])
@@ -156,6 +173,7 @@ class _Transform:
             model_data=container.artifact,
             options=options,
             environment=container.environment,
+            isolated=container.isolated,
             tags=tags,
         )
         create_job = requests.transform_request(
@@ -197,7 +215,9 @@ class _Transform:
             notes=(
                 *self.notes,
                 f"{len(self.sent)} images are predicted in a job that ends by itself",
-                "the limit on the time is kept by this process; the service has none for such jobs",
+                "the limit on the time is kept by this process; the service has none for such jobs"
+                if options.wait
+                else "nobody waits for it, so nothing limits its time and cost until it is collected",
             ),
             uploads={
                 **counts,
@@ -205,18 +225,19 @@ class _Transform:
                 "files": counts["files"] + bool(self.container.to_upload),
             },
             requests=tuple((step.operation, step.request) for step in self.steps),
-            worst_case_s=options.max_runtime,
+            worst_case_s=options.max_runtime if options.wait else None,
             price_per_hour=cost.price_per_hour,
             price_source=cost.source,
+            concerns=hosting.look_at_account(self.container, options, self.steps, self.aws, self.root),
         )
 
     def bring(self, tell: Tell) -> None:
         """Upload what is not in S3 yet."""
         uploads.ensure_bucket(self.aws, self.root)
-        self.container.bring(self.aws)
+        self.container.bring(self.aws, self.options.kms_key)
         travels = self.bundle.missing(self.aws, self.root)
         tell(f"transform {self.name}: {len(travels)} of {len(self.bundle.files)} images to upload")
-        self.bundle.upload(self.aws, self.root)
+        self.bundle.upload(self.aws, self.root, self.options.kms_key)
 
     def start(self, tell: Tell) -> BatchJob:
         """Bring what is missing and start the job. What fails leaves nothing."""

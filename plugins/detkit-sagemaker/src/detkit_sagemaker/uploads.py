@@ -70,20 +70,24 @@ class Bundle:
         there = dict(objects(aws, self.url(root)))
         return tuple(file for file in self.files if there.get(file.name) != file.bytes)
 
-    def upload(self, aws: Aws, root: str) -> str:
-        """Bring there what is missing, and return the prefix. Killed half-way, it goes on where it was."""
+    def upload(self, aws: Aws, root: str, kms_key: str | None = None) -> str:
+        """Bring there what is missing, and return the prefix. Killed half-way, it goes on where it was.
+
+        The same files are there already; where one of them is another, all of the set travel once more.
+        """
         url, missing = self.url(root), self.missing(aws, root)
         s3 = aws.client("s3")
         bucket, prefix = split(url)
+        encrypted = _encrypted(kms_key)
 
         def bring(file: File) -> None:
             key = f"{prefix}{file.name}"
             with explained(f"writing s3://{bucket}/{key} (s3:PutObject)"):
                 if isinstance(file.source, str):
                     source_bucket, source_key = split(file.source)
-                    s3.copy({"Bucket": source_bucket, "Key": source_key}, bucket, key)
+                    s3.copy({"Bucket": source_bucket, "Key": source_key}, bucket, key, ExtraArgs=encrypted)
                 else:
-                    s3.upload_file(str(file.source), bucket, key)
+                    s3.upload_file(str(file.source), bucket, key, ExtraArgs=encrypted)
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             running = [pool.submit(bring, file) for file in missing]
@@ -118,11 +122,22 @@ def objects(aws: Aws, url: str) -> Iterator[tuple[str, int]]:
             raise
 
 
-def put(aws: Aws, url: str, body: bytes) -> None:
+def put(aws: Aws, url: str, body: bytes, kms_key: str | None = None) -> None:
     """Write one object."""
     bucket, key = split(url)
     with explained(f"writing {url} (s3:PutObject)"):
-        aws.client("s3").put_object(Bucket=bucket, Key=key, Body=body)
+        aws.client("s3").put_object(Bucket=bucket, Key=key, Body=body, **_encrypted(kms_key))
+
+
+def put_file(aws: Aws, url: str, source: Path, kms_key: str | None = None) -> None:
+    """Write a file, in parts where it is large."""
+    bucket, key = split(url)
+    with explained(f"writing {url} (s3:PutObject)"):
+        aws.client("s3").upload_file(str(source), bucket, key, ExtraArgs=_encrypted(kms_key))
+
+
+def _encrypted(kms_key: str | None) -> dict[str, str]:
+    return {} if kms_key is None else {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key}
 
 
 def get(aws: Aws, url: str, target: Path) -> None:
@@ -144,7 +159,8 @@ def ensure_bucket(aws: Aws, url: str) -> None:
     s3 = aws.client("s3")
     try:
         with explained(f"looking for the bucket {bucket} (s3:HeadBucket)"):
-            s3.head_bucket(Bucket=bucket)
+            # The default one's name can be guessed, so it may be somebody else's.
+            s3.head_bucket(Bucket=bucket, **({"ExpectedBucketOwner": aws.account} if bucket == aws.bucket else {}))
     except Exception as error:
         if code_of(error) not in _MISSING:
             raise

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import gzip
-import lzma
+import io
 import shutil
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from detkit.errors import InvalidData, StorageError
+
+_AT_ONCE = 2 << 20
+"""Bytes; what is copied comes in pieces of half of it."""
 
 MOST_FILES = 10_000
 MOST_BYTES = 50_000_000_000
 """More than any detector has; what claims more is no model."""
+
+
+class _Sparing(io.RawIOBase):
+    """An archive's bytes, unpacked where they are packed. It refuses what no file needs: names that fill the memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        is_packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        self._file: IO[bytes] = gzip.GzipFile(fileobj=file, mode="rb") if is_packed else file  # type: ignore[assignment]
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _AT_ONCE:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -23,19 +47,18 @@ def unpack(archive: Path, folder: Path) -> None:
     large, or holds anything else, such as links or paths that lead out, `StorageError` where it cannot be written.
     """
     try:
-        with tarfile.open(archive, "r:*") as tar:
-            left = min(MOST_BYTES, shutil.disk_usage(archive.parent).free)
+        with archive.open("rb") as file, tarfile.open(fileobj=_Sparing(file), mode="r:") as tar:
+            left, free = MOST_BYTES, shutil.disk_usage(archive.parent).free
             for number, member in enumerate(tar):
                 target = folder / _place(archive, member)
-                left -= member.size
+                left, free = left - member.size, free - member.size
                 if number >= MOST_FILES or left < 0:
-                    limits = f"{MOST_FILES} files, {MOST_BYTES / 1e9:.0f} GB and the free space of the disk"
+                    limits = f"{MOST_FILES} files and {MOST_BYTES / 1e9:.0f} GB"
                     raise InvalidData(f"{archive} holds more than {limits} at {member.name!r}")
-                if member.isdir():
-                    target.mkdir(parents=True, exist_ok=True)
-                    continue
+                if free < 0:
+                    raise StorageError(target, "the archive takes more than the free space of the disk")
                 _write(tar, member, target)
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InvalidData(f"{archive} is damaged, or no tar archive: {error}; make it anew") from error
 
 
@@ -50,9 +73,12 @@ def _place(archive: Path, member: tarfile.TarInfo) -> Path:
 
 
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    content = tar.extractfile(member)
-    assert content is not None  # it is a regular file
     try:
+        if member.isdir():
+            target.mkdir(parents=True, exist_ok=True)
+            return
+        content = tar.extractfile(member)
+        assert content is not None  # it is a regular file
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:
             shutil.copyfileobj(content, file, 1 << 20)

@@ -20,6 +20,10 @@ from typing import NamedTuple, TypeAlias
 from detkit.errors import DetkitError
 
 PORT = 8080
+_PIECE, _LINE, _DIGITS = 1 << 20, 1 << 10, 12
+_PATIENCE_S = 60.0
+"""For a client that sends nothing more; the platform itself waits no longer for an answer."""
+
 MOST_BYTES = 100 << 20
 """Of one request; the most that batch transform sends. Endpoints get 25 MB."""
 
@@ -101,6 +105,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    timeout = _PATIENCE_S
     server: _Server
 
     def do_GET(self) -> None:
@@ -121,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, self.server.batch_error(str(error)))
             else:
                 self._fail(status, str(error))
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             self.close_connection = True
         except Exception as error:
             traceback.print_exc()
@@ -137,18 +142,47 @@ class _Handler(BaseHTTPRequestHandler):
         return self.server.answer(Request(body, content_type, self.headers.get("Accept") or "*/*"))
 
     def _read(self) -> memoryview:
-        """Return the body. What is not read is cut off with the connection, lest it be taken for the next request."""
+        """Return the body. What is not read is cut off with the connection, lest it be taken for the next request.
+
+        Memory is taken as the bytes come, not as the client promises them.
+        """
+        body = bytearray()
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            while size := self._chunk_size():
+                self._take(size, body)
+                self.rfile.readline(_LINE)
+            while self.rfile.readline(_LINE).strip():  # trailers
+                pass
+            return memoryview(body)
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()):
-            self.close_connection = True
-            raise Refused(411, "expected a Content-Length")
-        if int(length) > MOST_BYTES:
-            self.close_connection = True
-            raise Refused(413, f"the request has {int(length)} bytes; at most {MOST_BYTES} are taken")
-        body = memoryview(bytearray(int(length)))
-        if self.rfile.readinto(body) < len(body):
-            raise ConnectionError("the client has gone")
-        return body
+        if not (length.isascii() and length.isdigit() and len(length) <= _DIGITS):
+            raise self._refusal(411, "expected a Content-Length")
+        self._take(int(length), body)
+        return memoryview(body)
+
+    def _chunk_size(self) -> int:
+        text = self.rfile.readline(_LINE).partition(b";")[0].strip()
+        try:
+            return int(text, 16) if len(text) <= _DIGITS else MOST_BYTES + 1
+        except ValueError:
+            raise self._refusal(400, "a chunk's size is no hexadecimal number") from None
+
+    def _take(self, size: int, body: bytearray) -> None:
+        """Read so many bytes more."""
+        if not 0 <= size <= MOST_BYTES - len(body):
+            raise self._refusal(
+                413, f"the request has {len(body) + size} bytes or more; at most {MOST_BYTES} are taken"
+            )
+        while size:
+            piece = self.rfile.read(min(size, _PIECE))
+            if not piece:
+                raise ConnectionError("the client has gone")
+            body += piece
+            size -= len(piece)
+
+    def _refusal(self, status: int, message: str) -> Refused:
+        self.close_connection = True
+        return Refused(status, message)
 
     def _fail(self, status: int, message: str) -> None:
         self._send(status, json.dumps({"error": message}).encode())

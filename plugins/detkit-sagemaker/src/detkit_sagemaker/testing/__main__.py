@@ -12,7 +12,7 @@ def main() -> None:
     """Read the arguments and serve."""
     parser = argparse.ArgumentParser(prog="python -m detkit_sagemaker.testing", description=__doc__)
     parser.add_argument("--port", type=int, default=4566, help="port on the loopback, 0 for any free one")
-    parser.add_argument("--folder", help="where the containers' /opt/ml folders are kept; without one, temporary")
+    parser.add_argument("--folder", help="where the containers' /opt/ml folders are, and stay; without one, temporary")
     parser.add_argument(
         "--image",
         action="append",

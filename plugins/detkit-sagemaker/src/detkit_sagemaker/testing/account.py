@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -21,8 +22,13 @@ Json = dict[str, Any]
 TICK = 0.05
 """Seconds between two looks at what runs."""
 
-INTERNAL_KEY = "SIMULATOR"
-"""The access key of the calls that are not the user's: no fault meets them."""
+USER_KEY, INTERNAL_KEY = (f"ASIA{secrets.token_hex(16).upper()}" for _ in range(2))
+"""Access keys that nobody can guess: the user's, and that of the simulator and its containers, whom no fault meets.
+
+They are a process's and not an account's, since a boto3 session keeps the key that it was first used with.
+"""
+
+SECRET = secrets.token_hex(20)
 
 log = logging.getLogger("detkit.sagemaker.simulator")
 
@@ -42,6 +48,7 @@ class Account:
         environment: dict[str, str],
         grace: float,
         mounted: bool,
+        keep: bool,
     ) -> None:
         self.region = region
         self.folder = folder
@@ -52,8 +59,12 @@ class Account:
         """What a client needs to reach this account."""
         self.mounted = mounted
         """Whether containers have an ``/opt/ml``."""
+        self.keep = keep
+        """Whether what a container was given and left stays on the disk when it has ended."""
         self.grace = grace
         """Seconds between SIGTERM and SIGKILL for a container that is stopped."""
+        self.elapsed = timedelta()
+        """How far the clock of the schedules is ahead."""
         self.closing = threading.Event()
         self.lock = threading.RLock()
         """Held while resources, or what describes them, change."""
@@ -72,9 +83,13 @@ class Account:
                     region_name=self.region,
                     endpoint_url=self.environment["AWS_ENDPOINT_URL"],
                     aws_access_key_id=INTERNAL_KEY,
-                    aws_secret_access_key="-",  # noqa: S106 (nobody checks it)
+                    aws_secret_access_key=SECRET,
                     config=Config(
                         max_pool_connections=50,
+                        proxies={},
+                        ignore_configured_endpoint_urls=True,
+                        use_fips_endpoint=False,
+                        use_dualstack_endpoint=False,
                         retries={"total_max_attempts": 1},
                         request_checksum_calculation="when_required",
                         response_checksum_validation="when_required",
@@ -128,6 +143,8 @@ class Account:
         with self.lock:
             found = self._resources.get((kind, name))
         if found is None:
+            if kind.unknown:
+                raise Refused(kind.unknown)
             raise NotFound(f'Could not find {kind.noun} "{self.arn(kind.kind, name)}".')
         return found  # type: ignore[return-value]
 
@@ -172,6 +189,8 @@ class Resource:
     """In messages: ``training job``."""
     title: ClassVar[str] = ""
     """In the names of members: ``TrainingJob`` of ``TrainingJobName``."""
+    unknown: ClassVar[str] = ""
+    """What AWS says where there is none of a name, if that is nothing like what it says of other kinds."""
 
     def __init__(self, account: Account, request: Json) -> None:
         self.account = account

@@ -8,7 +8,7 @@ from typing import Any
 
 from detkit_sagemaker.testing.pipes import Pipe, augmented, objects
 from detkit_sagemaker.testing.refusals import Refused
-from detkit_sagemaker.testing.storage import Storage
+from detkit_sagemaker.testing.storage import Storage, protect
 
 Json = dict[str, Any]
 
@@ -93,6 +93,8 @@ def lay_out(
             target = folder / channel["ChannelName"]
             target.mkdir()
             storage.download(items, target)
+            if mode == "FastFile":
+                protect(target)
             continue
         if source["S3DataType"] == "AugmentedManifestFile":
             records = augmented(storage, source["S3Uri"], source["AttributeNames"])[index::count]

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,11 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_KEPT = "DETKIT_STAND_IN_ENGINE"
-"""What the stand-ins of AWS's images train with."""
+_INHERITED = {
+    "PATH",
+    "LANG",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "DETKIT_STAND_IN_ENGINE",  # what the stand-ins of AWS's images train with
+}
+"""Variables of the simulator's own environment that a container sees, besides ``LC_*``."""
 
-_STRIPPED = ("AWS_", "SM_", "SAGEMAKER_", "DETKIT_", "TRAINING_JOB_")
-"""Variables of the simulator's own environment that no container sees."""
+_SUPERVISOR = [sys.executable, "-IS", str(Path(__file__).with_name("supervisor.py"))]
 
 _LONGEST_LINE = 250_000
 """Bytes that fit into one event of CloudWatch Logs (256 KiB)."""
@@ -115,11 +122,17 @@ class Container:
         else:
             line = [part.replace("/opt/ml", str(base), 1) if part.startswith("/opt/ml") else part for part in command]
             environment = {**environment, "SAGEMAKER_BASE_DIR": str(base)}
+        # Not below base: a socket's path may have 107 bytes, and those of a container's temporary files are its own.
+        self._scratch = Path(tempfile.mkdtemp(prefix="detkit-container-"))
+        whole = _environment(command, {**_places(self._scratch), **environment})
+        if shutil.which(line[0], path=whole.get("PATH", os.defpath)) is None:
+            shutil.rmtree(self._scratch)
+            raise FileNotFoundError(f"there is no program {line[0]}")
         self._process = subprocess.Popen(
-            line,
-            env=_environment(command, environment),
+            [*_SUPERVISOR, str(self._scratch), *line],
+            env=whole,
             cwd=base,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -134,19 +147,16 @@ class Container:
         return code if code is None or code >= 0 else 128 - code
 
     def terminate(self) -> None:
-        """Send SIGTERM to the process, as Docker does."""
+        """Send SIGTERM to the process, as Docker does, and to nothing that it started."""
         self._process.terminate()
 
-    def kill(self) -> None:
-        """End the process and all that it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
     def close(self) -> None:
-        """Kill it where it still runs, and wait until all that it printed was read."""
-        self.kill()
+        """Kill it where it still runs, with all that it started, and wait until all that it printed was read."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         self._process.wait()
         self._reader.join(timeout=5)
+        shutil.rmtree(self._scratch, ignore_errors=True)  # its supervisor has, unless it ended before it began
 
     def _read(self, on_line: Callable[[str], None]) -> None:
         assert self._process.stdout is not None
@@ -156,7 +166,7 @@ class Container:
 
 
 def _environment(command: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name == _KEPT or not name.startswith(_STRIPPED)}
+    inherited = {name: value for name, value in os.environ.items() if name in _INHERITED or name.startswith("LC_")}
     paths = [str(Path(path).resolve()) for path in inherited.get("PYTHONPATH", "").split(os.pathsep) if path]
     if command[0] == sys.executable:
         # An image of this interpreter imports what this process can, installed or not.
@@ -167,12 +177,27 @@ def _environment(command: Sequence[str], environment: Mapping[str, str]) -> dict
     return {**inherited, "PYTHONUNBUFFERED": "1", **environment}
 
 
+def _places(scratch: Path) -> dict[str, str]:
+    """Return the variables for what a container writes besides its results, so that nothing goes to the user's home."""
+    places = {"TMPDIR": scratch / "tmp", "HOME": scratch / "home", "DETKIT_CACHE": scratch / "cache"}
+    for place in places.values():
+        place.mkdir()
+    return {name: str(place) for name, place in places.items()}
+
+
 def fresh(folder: Path) -> Path:
     """Return a folder, new and empty."""
     if folder.exists():
-        shutil.rmtree(folder)
+        discard(folder)
     folder.mkdir(parents=True)
     return folder
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, also where things in it are read-only. One that is not there is no error."""
+    for path, _, _ in os.walk(folder):
+        Path(path).chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_port() -> int:

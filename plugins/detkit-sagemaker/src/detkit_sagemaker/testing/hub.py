@@ -32,8 +32,13 @@ def documents() -> dict[str, str]:
 
 def images() -> set[str]:
     """Return the URIs of all images that the documents name."""
-    names = ("TrainingEcrUri", "HostingEcrUri")
-    return {document[name] for document in map(json.loads, documents().values()) for name in names if name in document}
+    found = set()
+    for document in map(json.loads, documents().values()):
+        found |= {document[name] for name in ("TrainingEcrUri", "HostingEcrUri") if name in document}
+        for name in ("TrainingInstanceTypeVariants", "HostingInstanceTypeVariants"):
+            machines = document.get(name, {}).get("Variants", {}).values()
+            found |= {machine["Properties"]["ImageUri"] for machine in machines}
+    return found
 
 
 class Hub:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from detkit_sagemaker.testing import storage
 from detkit_sagemaker.testing.account import TICK, Account, Job, Json
-from detkit_sagemaker.testing.containers import Container, LogStream, free_port, fresh
+from detkit_sagemaker.testing.containers import Container, LogStream, discard, free_port, fresh
 from detkit_sagemaker.testing.refusals import Refused
 
 
@@ -54,6 +54,7 @@ class ModelServer:
             raise Refused(f"Cannot find image {container['Image']}")
         base = fresh(folder) / "ml"
         (base / "model").mkdir(parents=True)
+        self._model, self._keep = base / "model", account.keep
         _fetch(account, container, base)
         self.port, self.log = free_port(), log
         aws = {} if model.get("EnableNetworkIsolation") else account.container_environment
@@ -108,6 +109,8 @@ class ModelServer:
         """End the process and send the rest of its log."""
         if self._container is not None:
             self._container.close()
+        if not self._keep:
+            discard(self._model)
         self.log.flush()
 
 

@@ -75,7 +75,7 @@ class Schedules:
                 due = _due(schedule)
                 if due is None or schedule["Arn"] in self._done or schedule.get("State") == "DISABLED":
                     continue
-                seconds = (due - now()).total_seconds()
+                seconds = (due - now() - self._account.elapsed).total_seconds()
                 if seconds <= 0:
                     self._fire(schedule)
                 else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import io
 import json
 import re
@@ -12,7 +13,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from detkit_sagemaker.testing.account import INTERNAL_KEY, Account, Json, Resource, log
+from detkit_sagemaker.testing.account import INTERNAL_KEY, USER_KEY, Account, Json, Resource, log
 from detkit_sagemaker.testing.faults import DropConnection
 from detkit_sagemaker.testing.hosting import Hosting
 from detkit_sagemaker.testing.hub import Hub
@@ -54,6 +55,10 @@ Environ = dict[str, Any]
 Answered = tuple[int, list[tuple[str, str]], bytes]
 
 
+class _NotOurs(Refused):
+    """A call by someone who has no business here. It is not noted, and no fault meets it."""
+
+
 class Tagging:
     """SageMaker's operations on tags."""
 
@@ -79,13 +84,18 @@ class Tagging:
 
 
 class Endpoint:
-    """The WSGI application of one account."""
+    """The WSGI application of one account.
+
+    Who can call it can run programs as its owner. So a call must name the random access key of the account, come from
+    no web page (no ``Origin``) and mean this machine (``Host``, against names that lead to it from elsewhere).
+    """
 
     def __init__(self, account: Account) -> None:
-        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from moto.moto_server import werkzeug_app
 
+        werkzeug_app.DISABLE_GLOBAL_CORS = True  # type: ignore[attr-defined]  # as moto imported it
         self._account = account
-        self._moto: Any = DomainDispatcherApplication(create_backend_app)
+        self._moto: Any = werkzeug_app.DomainDispatcherApplication(werkzeug_app.create_backend_app)
         self._hosting = Hosting(account)
         training = TrainingJobs(account)
         parts = (training, TuningJobs(account, training), self._hosting, TransformJobs(account), Hub(account))
@@ -127,26 +137,51 @@ class Endpoint:
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer one HTTP request."""
         found = _CREDENTIAL.search(environ.get("HTTP_AUTHORIZATION", ""))
-        key, service = (found[1], found[2]) if found else ("", "")
-        if key == INTERNAL_KEY or not service:
-            return self._by_moto(environ, start_response)
-        operation = _operation(environ, service)
-        with self._lock:
-            self.calls.append(operation)
+        key, service = (found[1], found[2]) if found else ("", "s3")
+        ours = service in ("sagemaker", "servicequotas")
         try:
             try:
+                self._check_caller(environ, key, service)
+                operation = _operation(environ, service)
+                if key == INTERNAL_KEY:
+                    if not ours:
+                        return self._by_moto(environ, start_response)
+                    return _send(start_response, *self._answer(environ, service, operation))
+                with self._lock:
+                    self.calls.append(operation)
                 self._account.faults.gate(service, operation)
-                if service not in ("sagemaker", "servicequotas"):
+                if not ours:
                     return self._passed_on(environ, start_response, operation)
-                status, headers, body = self._answer(environ, service, operation)
+                answered = self._answer(environ, service, operation)
+            except _NotOurs as refused:
+                return _send(start_response, *rendered(refused, service))
             except Refused as refused:
-                status, headers, body = rendered(refused, service)
-            self._account.faults.crash("after", operation)
+                answered = rendered(refused, service)
+            if key != INTERNAL_KEY:
+                self._account.faults.crash("after", operation)
         except DropConnection as dropped:
             raise ConnectionAbortedError("dropped, as asked") from dropped
-        headers += [("Content-Length", str(len(body))), ("x-amzn-RequestId", str(uuid.uuid4()))]
-        start_response(f"{status} -", headers)
-        return [body]
+        return _send(start_response, *answered)
+
+    def _check_caller(self, environ: Environ, key: str, service: str) -> None:
+        """Raise `_NotOurs` unless the call is one that the owner of the account makes, or one of its containers."""
+        port = environ["SERVER_PORT"]
+        if "HTTP_ORIGIN" in environ:
+            raise _NotOurs("calls of web pages are refused", "AccessDenied", 403)
+        if environ.get("HTTP_HOST") not in (f"127.0.0.1:{port}", f"localhost:{port}"):
+            raise _NotOurs("the host is not this machine", "AccessDenied", 403)
+        if not any(hmac.compare_digest(key.encode(), one.encode()) for one in (USER_KEY, INTERNAL_KEY)):
+            code = {"s3": "InvalidAccessKeyId", "sts": "InvalidClientTokenId", "iam": "InvalidClientTokenId"}
+            said = "The access key is not that of this simulated account; use what Simulator.environment has."
+            raise _NotOurs(said, code.get(service, "UnrecognizedClientException"), 403)
+        if environ.get("PATH_INFO", "").startswith("/moto-api"):
+            raise _NotOurs("the simulator is not steered by HTTP", "AccessDenied", 403)
+
+    def reset(self) -> None:
+        """Empty the account. moto has one state in a process, and only this way to it that is meant for others."""
+        from werkzeug.test import create_environ, run_wsgi_app
+
+        run_wsgi_app(self._moto, create_environ("/moto-api/reset", method="POST"), buffered=True)
 
     def _answer(self, environ: Environ, service: str, operation: str) -> Answered:
         body = _body(environ)
@@ -199,6 +234,14 @@ class Endpoint:
         except NotImplementedError as error:  # not an internal error, which clients would try again
             raise Refused(str(error), "NotImplemented", 501) from error
         return answer
+
+
+def _send(
+    start_response: Callable[..., Any], status: int, headers: list[tuple[str, str]], body: bytes
+) -> Iterable[bytes]:
+    extra = [("Content-Length", str(len(body))), ("x-amzn-RequestId", str(uuid.uuid4()))]
+    start_response(f"{status} -", [*headers, *extra])
+    return [body]
 
 
 def _operation(environ: Environ, service: str) -> str:

@@ -7,19 +7,20 @@ import contextlib
 import hashlib
 import json
 import logging
-import shutil
+import os
 import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from detkit_sagemaker.testing import hub
-from detkit_sagemaker.testing.account import Account, Job, Json, Resource
-from detkit_sagemaker.testing.containers import Images, can_mount
+from detkit_sagemaker.testing.account import SECRET, USER_KEY, Account, Job, Json, Resource
+from detkit_sagemaker.testing.containers import Images, can_mount, discard
 from detkit_sagemaker.testing.faults import Faults
 from detkit_sagemaker.testing.server import Endpoint
 
@@ -34,6 +35,20 @@ _TRUST = {
         }
     ],
 }
+
+_LOOPBACK = "127.0.0.1,localhost"
+
+_SERVICES = (
+    *("S3", "SAGEMAKER", "SAGEMAKER_RUNTIME", "CLOUDWATCH", "CLOUDWATCH_LOGS", "STS", "IAM", "ECR", "CODEBUILD"),
+    *("SCHEDULER", "SERVICE_QUOTAS"),
+)
+"""Services that are used, as they stand in ``AWS_ENDPOINT_URL_<SERVICE>``, which wins over ``AWS_ENDPOINT_URL``."""
+
+_FOREIGN = (
+    *("AWS_CA_BUNDLE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE"),
+    *("AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT"),
+)
+"""Variables of a user's own account, which mean nothing in this one, and for which there is no value that says so."""
 
 _open = threading.Lock()
 """Held while a simulator is open: moto keeps its state per process."""
@@ -58,14 +73,16 @@ class Simulator:
         port: int = 0,
         grace: float = 120.0,
         opt_ml: bool = False,
+        keep: bool = False,
     ) -> None:
         """Prepare an account; nothing runs before it is entered.
 
         ``images`` are the containers: ``repository:tag`` or a whole URI, and the command that stands for its
-        entrypoint; ``train`` or ``serve`` is appended. ``folder`` keeps what the containers see as ``/opt/ml``; without
-        one it is temporary. ``port`` 0 is any free one. ``grace`` are the seconds from SIGTERM to SIGKILL for a
-        training job that is stopped (120 at AWS). With ``opt_ml`` containers find their folder at ``/opt/ml``, where
-        the machine allows that to processes; without, at ``SAGEMAKER_BASE_DIR``.
+        entrypoint; ``train`` or ``serve`` is appended. ``folder`` is where the containers' ``/opt/ml`` are; without one
+        it is temporary. With ``keep`` their data and models stay there, else they go when a container has ended.
+        ``port`` 0 is any free one. ``grace`` are the seconds from SIGTERM to SIGKILL for a training job that is stopped
+        (120 at AWS). With ``opt_ml`` containers find their folder at ``/opt/ml``, where the machine allows that to
+        processes; without, at ``SAGEMAKER_BASE_DIR``.
         """
         self.region = region
         self.faults = Faults()
@@ -73,9 +90,10 @@ class Simulator:
         self._images = Images({**_stand_ins(), **(images or {})})
         self._own_images = Images(images or {}).names
         self._folder, self._port, self._grace, self._mounted = folder, port, grace, opt_ml
+        self._keep = keep
         self._closing = contextlib.ExitStack()
         self.environment: dict[str, str] = {}
-        """Variables that lead boto3, and with it everything, to this account."""
+        """Variables that lead boto3, and with it everything, to this account. Who knows them can use it."""
 
     def __enter__(self) -> Simulator:
         """Start the server. Raises `RuntimeError` where another simulator is open in this process."""
@@ -105,7 +123,7 @@ class Simulator:
 
         if self._folder is None:
             folder = Path(tempfile.mkdtemp(prefix="detkit-sagemaker-"))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(discard, folder)
         else:
             folder = Path(self._folder).resolve()
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,24 +135,14 @@ class Simulator:
             environment=self.environment,
             grace=self._grace,
             mounted=self._mounted,
+            keep=self._keep,
         )
         endpoint = Endpoint(account)
         server = make_server("127.0.0.1", self._port, endpoint, threaded=True, request_handler=_handler())
         stack.callback(server.server_close)
         self.url = f"http://127.0.0.1:{server.server_port}"
         """Where it answers; what ``AWS_ENDPOINT_URL`` is to be."""
-        self.environment |= {
-            "AWS_ENDPOINT_URL": self.url,
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_SESSION_TOKEN": "testing",
-            "AWS_DEFAULT_REGION": self.region,
-            "AWS_REGION": self.region,
-            "AWS_EC2_METADATA_DISABLED": "true",
-            # No profile of the user's may lead elsewhere.
-            "AWS_CONFIG_FILE": str(folder / "no-aws-config"),
-            "AWS_SHARED_CREDENTIALS_FILE": str(folder / "no-aws-credentials"),
-        }
+        self.environment |= self._variables(folder)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         stack.callback(thread.join)
@@ -143,14 +151,32 @@ class Simulator:
         self._account, self._endpoint = account, endpoint
         self._furnish()
 
+    def _variables(self, folder: Path) -> dict[str, str]:
+        # No profile, address or proxy of the user's may lead elsewhere.
+        config = folder / "aws-config"
+        config.write_text("[default]\n")
+        spared = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), _LOOPBACK]))
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            **{f"AWS_ENDPOINT_URL_{service}": self.url for service in _SERVICES},
+            "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false",
+            "AWS_ACCESS_KEY_ID": USER_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_SESSION_TOKEN": "simulated",
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_REGION": self.region,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_PROFILE": "default",
+            "AWS_DEFAULT_PROFILE": "default",
+            "AWS_CONFIG_FILE": str(config),
+            "AWS_SHARED_CREDENTIALS_FILE": str(folder / "no-aws-credentials"),
+            "NO_PROXY": spared,
+            "no_proxy": spared,
+        }
+
     def _furnish(self) -> None:
         """Give the empty account what every user has: a role, a bucket, the images of its own registry."""
-        import http.client
-
-        connection = http.client.HTTPConnection(self.url.removeprefix("http://"))
-        connection.request("POST", "/moto-api/reset")
-        connection.getresponse().read()
-        connection.close()
+        self._endpoint.reset()
         role = self._account.client("iam").create_role(RoleName=_ROLE, AssumeRolePolicyDocument=json.dumps(_TRUST))
         self.role: str = role["Role"]["Arn"]
         """The ARN of a role that SageMaker and the scheduler may take."""
@@ -191,6 +217,11 @@ class Simulator:
         found += [("schedule", name) for name in self._endpoint.schedules.names]
         return sorted(name for of, name in found if kind in ("", of))
 
+    def elapse(self, seconds: float) -> None:
+        """Let time pass for the schedules: what is due in the next ``seconds`` is due now."""
+        self._account.elapsed += timedelta(seconds=seconds)
+        self._endpoint.schedules.changed()
+
     def wait(self, seconds: float = 60.0) -> None:
         """Wait until no job runs. Raises `TimeoutError`."""
         for _ in range(round(seconds / 0.05)):
@@ -204,10 +235,15 @@ class Simulator:
 def serve_forever(
     port: int = 4566, images: Mapping[str, Sequence[str]] | None = None, folder: Path | str | None = None
 ) -> None:
-    """Serve an account until Ctrl-C or SIGTERM, after the lines to type into another shell were printed."""
+    """Serve an account until Ctrl-C or SIGTERM, after the lines to type into another shell were printed.
+
+    What the containers had is kept in ``folder``, where one is given.
+    """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with Simulator(images=images, port=port, folder=folder) as aws:
+        for ending in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, ending):
+                signal.signal(getattr(signal, ending), signal.default_int_handler)
+    with Simulator(images=images, port=port, folder=folder, keep=folder is not None) as aws:
         for line in exports(aws):
             print(line)
         print(f"# role {aws.role}, bucket {aws.bucket}; Ctrl-C ends it and everything that runs in it", flush=True)
@@ -219,6 +255,7 @@ def exports(aws: Simulator) -> Iterator[str]:
     """Yield the shell lines that lead a shell to an account."""
     import shlex
 
+    yield f"unset {' '.join(_FOREIGN)}"
     for name, value in aws.environment.items():
         yield f"export {name}={shlex.quote(value)}"
 

@@ -171,3 +171,9 @@ def unpack(archive: Path, folder: Path) -> None:
 def is_empty(folder: Path) -> bool:
     """Whether a folder is missing or holds nothing."""
     return not folder.is_dir() or next(folder.iterdir(), None) is None
+
+
+def protect(folder: Path) -> None:
+    """Make a folder read-only, with all that is in it."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)

@@ -10,7 +10,7 @@ from typing import Any
 
 from detkit_sagemaker.testing import channels, storage
 from detkit_sagemaker.testing.account import TICK, Account, Job, Json, now
-from detkit_sagemaker.testing.containers import Container, LogStream, free_port, fresh
+from detkit_sagemaker.testing.containers import Container, LogStream, discard, free_port, fresh
 from detkit_sagemaker.testing.metrics import Metrics
 from detkit_sagemaker.testing.pipes import Pipe
 
@@ -49,10 +49,27 @@ class _Interrupted(Exception):
     """The spot instances are gone."""
 
 
+def _completed(request: Json) -> Json:
+    """Return a request with what AWS fills in where nothing was said."""
+    entries = []
+    for channel in request.get("InputDataConfig", []):
+        source = dict(channel["DataSource"])
+        if "S3DataSource" in source:
+            source["S3DataSource"] = {"S3DataDistributionType": "FullyReplicated", **source["S3DataSource"]}
+        entries.append({"CompressionType": "None", "RecordWrapperType": "None", **channel, "DataSource": source})
+    return {
+        "EnableInterContainerTrafficEncryption": False,
+        **request,
+        **({"InputDataConfig": entries} if entries else {}),
+        "OutputDataConfig": {"KmsKeyId": "", "CompressionType": "GZIP", **request["OutputDataConfig"]},
+    }
+
+
 class TrainingJob(Job):
     """A training job. ``tuning`` is what a tuning job adds to the description of its own."""
 
     kind, noun, title = "training-job", "training job", "TrainingJob"
+    unknown = "Requested resource not found."
 
     def __init__(self, account: Account, request: Json, tuning: Json | None = None) -> None:
         super().__init__(account, request)
@@ -76,7 +93,7 @@ class TrainingJob(Job):
         """The answer of DescribeTrainingJob."""
         with self.account.lock:
             answer = {
-                **super().description,
+                **_completed(super().description),
                 "TrainingJobStatus": self.status,
                 "SecondaryStatus": self._secondary,
                 "SecondaryStatusTransitions": [dict(one) for one in self._transitions],
@@ -101,6 +118,21 @@ class TrainingJob(Job):
 
     def run(self) -> None:
         """Walk through the states until the end."""
+        try:
+            self._run_through()
+        finally:
+            if not self.account.keep:
+                self._discard()
+
+    def _discard(self) -> None:
+        """Free the disk of what S3 has."""
+        for number in range(len(self._hosts)):
+            for name in ("input/data", "model", "output/data"):
+                discard(self._base(number) / name)
+        for name in ("model", "output"):
+            (self._folder / f"{name}.tar.gz").unlink(missing_ok=True)
+
+    def _run_through(self) -> None:
         ended = self._work()
         if ended.upload:
             self._enter("Uploading")

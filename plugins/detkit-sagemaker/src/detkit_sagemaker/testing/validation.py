@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -18,10 +19,14 @@ def service_model(name: str) -> Any:
 
 @functools.cache
 def botocore_session() -> Any:
-    """Return the one botocore session of the simulator: reading the models takes most of a client's time."""
+    """Return the one botocore session of the simulator: reading the models takes most of a client's time.
+
+    It knows no profile and no file of the user's.
+    """
     import botocore.session
 
-    return botocore.session.Session()
+    ours = {"profile": None, "config_file": os.devnull, "credentials_file": os.devnull}
+    return botocore.session.Session({name: (None, None, value, None) for name, value in ours.items()})
 
 
 @functools.cache
