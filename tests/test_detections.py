@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+import warnings
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hotcoco import mask as rle
 
-from detkit.detections import Detections, as_detections
+from detkit.detections import COLUMNS, Detections, as_detections, to_pandas
 from detkit.errors import ClassMismatch, DetkitError, InvalidData, UsageError
 from detkit.wire import decode_detections, encode_detections
 
@@ -214,7 +216,7 @@ def test_supervision() -> None:
 
 
 def test_the_real_supervision() -> None:
-    supervision = pytest.importorskip("supervision")
+    supervision = supervision_module()
     given = supervision.Detections(
         xyxy=BOXES, mask=blobs(), confidence=SCORES, class_id=np.array(LABELS), data={"class_name": np.array(NAMES)}
     )
@@ -223,6 +225,71 @@ def test_the_real_supervision() -> None:
     assert found.masks is not None
     np.testing.assert_array_equal(rle.decode(found.masks[0]), blobs()[1])
     assert len(as_detections(supervision.Detections.empty(), classes=NAMES)) == 0
+
+
+def supervision_module() -> Any:
+    pytest.importorskip("supervision", reason="pip install supervision")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that OpenCV is not there
+        import supervision
+    return supervision
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_to_supervision_and_back(masks: bool) -> None:
+    supervision = supervision_module()
+    found = Detections.from_arrays(
+        np.array(BOXES, float) / 3, [1 / 3, 0.75, 0.1], LABELS, classes=NAMES, path="a.jpg", width=7, height=5,
+        masks=blobs() if masks else None,
+    )  # fmt: skip
+    given = found.to_supervision()
+    assert isinstance(given, supervision.Detections)
+    assert given.data["class_name"].tolist() == list(found.names)
+    again = as_detections(given, path="a.jpg", width=7, height=5)
+    assert again.to_dict() == found.to_dict()
+    assert again.classes == found.classes
+    assert again.boxes.tolist() == found.boxes.tolist() and again.scores.tolist() == found.scores.tolist()
+    sure = as_detections(given[given.confidence > 0.2], path="a.jpg", width=7, height=5)
+    assert sure.to_dict() == found.above(0.2).to_dict()
+    assert len(supervision.Detections.merge([given, found.to_supervision()])) == 6
+
+
+def test_nothing_and_polygons_to_supervision() -> None:
+    supervision_module()
+    empty = Detections.from_arrays([], [], classes=NAMES)
+    assert as_detections(empty.to_supervision()).to_dict() == empty.to_dict()
+    drawn = Detections.from_arrays(
+        [[1, 1, 4, 4], [0, 0, 1, 1]], [0.5, 0.4], [0, 0], classes=NAMES, masks=[[[1.0, 1, 4, 1, 4, 4, 1, 4]], None]
+    )
+    with pytest.raises(UsageError, match="masks are polygons, and width and height of the image are not known"):
+        drawn.to_supervision()
+    masks = replace(drawn, width=6, height=5).to_supervision().mask
+    assert masks.shape == (2, 5, 6)
+    assert masks[0].sum() == 9 and masks[0, 1:4, 1:4].all()
+    assert not masks[1].any()
+
+
+def test_to_pandas() -> None:
+    pandas = pytest.importorskip("pandas", reason="pip install pandas")
+    found = Detections.from_arrays(BOXES, SCORES, LABELS, classes=NAMES, path="a.jpg", width=30, height=20)
+    table = found.to_pandas()
+    assert isinstance(table, pandas.DataFrame)
+    assert tuple(table.columns) == COLUMNS
+    assert [tuple(row) for row in table.itertuples(index=False)] == found.to_rows()
+    empty = Detections.from_arrays([], [], classes=NAMES, path="b.jpg")
+    both = to_pandas(iter([found, empty, replace(found, path="c.jpg")]))
+    assert both["path"].tolist() == ["a.jpg"] * 3 + ["c.jpg"] * 3
+    assert both.groupby("name")["score"].max().to_dict() == {"crazing": 0.75, "patches": 0.25, "scratches": 0.25}
+    assert len(empty.to_pandas()) == 0
+    assert empty.to_pandas().dtypes.to_dict()["xmin"] == np.float64
+
+
+@pytest.mark.parametrize("package", ["pandas", "supervision"])
+def test_packages_that_are_not_there_are_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    found = Detections.from_arrays(BOXES, SCORES, LABELS, classes=NAMES)
+    with pytest.raises(UsageError, match=f"to_{package} needs {package}.*pip install {package}"):
+        getattr(found, f"to_{package}")()
 
 
 def test_our_own_stay() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 Mask: TypeAlias = "dict[str, Any] | list[Any]"
 """COCO's run-length encoding, ``{"size": [height, width], "counts": text}``, or its list of polygons."""
+
+COLUMNS = ("path", "width", "height", "name", "score", "xmin", "ymin", "xmax", "ymax")
+"""Of tables that have one row for each detection."""
+
+_CLASSES = "detkit.classes"
+"""In supervision's metadata."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -160,6 +166,54 @@ class Detections:
                 record["mask"] = mask
         return {"path": self.path, "width": self.width, "height": self.height, "detections": records}
 
+    def to_rows(self) -> list[tuple[Any, ...]]:
+        """Return one row for each detection, its values those of `COLUMNS`."""
+        about = (self.path, self.width, self.height)
+        return [
+            (*about, name, score, *box)
+            for name, score, box in zip(self.names, self.scores.tolist(), self.boxes.tolist(), strict=True)
+        ]
+
+    def to_pandas(self) -> Any:
+        """Return a ``pandas.DataFrame`` with one row for each detection and the columns of `COLUMNS`.
+
+        `detkit.detections.to_pandas` makes one of many images. Raises `UsageError` where pandas is not installed.
+        """
+        return to_pandas([self])
+
+    def to_supervision(self) -> Any:
+        """Return a ``supervision.Detections``, which `as_detections` reads back.
+
+        Class names are in its ``data["class_name"]``, and all that the model knows in its ``metadata``.
+        Where some detections have masks, those of others are empty. Raises `UsageError` where supervision is not
+        installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise _missing("to_supervision", "supervision", error) from error
+        masks = None
+        if self.masks is not None:
+            from detkit.masks import decode
+
+            size = (self.width, self.height)
+            if not all(size):
+                size = next((mask["size"][::-1] for mask in self.masks if isinstance(mask, dict)), size)
+            if self.masks and not all(size):
+                raise UsageError(_at(self.path, "masks are polygons, and width and height of the image are not known"))
+            masks = np.zeros((len(self), round(size[1]), round(size[0])), dtype=bool)
+            for pixels, mask in zip(masks, self.masks, strict=True):
+                if mask is not None:
+                    pixels[:] = decode(mask, size)
+        return supervision.Detections(
+            xyxy=self.boxes.copy(),
+            confidence=self.scores.copy(),
+            class_id=self.labels.copy(),
+            mask=masks,
+            data={"class_name": np.array(self.names, dtype=np.str_)},
+            metadata={_CLASSES: list(self.classes)},
+        )
+
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], classes: Sequence[str]) -> Detections:
         """Read what `to_dict` wrote."""
@@ -191,8 +245,8 @@ def as_detections(
     It takes a ``supervision.Detections``, a mapping with ``boxes`` (xyxy in pixels), ``labels``, ``scores`` and maybe
     ``masks``, as torchvision's models and ``transformers``' ``post_process_object_detection`` return, and our own.
     Tensors may lie on any device. ``first_label`` is the label of ``classes[0]``: 1 for torchvision's models, whose 0
-    is the background. Where supervision has class names, these count and labels do not. Raises as
-    `Detections.from_arrays` does.
+    is the background. Where supervision has class names, these count and labels do not; without ``classes`` they are
+    those of `Detections.to_supervision` where it comes from that. Raises as `Detections.from_arrays` does.
     """
     if isinstance(found, Detections):
         if classes is not None and tuple(classes) != found.classes:
@@ -205,6 +259,8 @@ def as_detections(
             raise UsageError(_at(path, "these supervision.Detections have no confidence, so they cannot be ranked"))
         if "class_name" in found.data:
             names = [str(name) for name in found.data["class_name"]]
+            if classes is None:
+                classes = getattr(found, "metadata", {}).get(_CLASSES)
     elif isinstance(found, Mapping) and {"boxes", "scores", "labels"} <= set(found):
         boxes, labels, scores, masks = (_array(found.get(key)) for key in ("boxes", "labels", "scores", "masks"))
     else:
@@ -231,6 +287,24 @@ def as_detections(
         height=height,
         masks=None if masks is None else _truth(masks),
     )
+
+
+def to_pandas(detections: Iterable[Detections]) -> Any:
+    """Return a ``pandas.DataFrame`` of many images: one row for each detection, the columns of `COLUMNS`.
+
+    An image on which nothing was found has no row. Raises `UsageError` where pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise _missing("to_pandas", "pandas", error) from error
+    rows = [row for found in detections for row in found.to_rows()]
+    numbers = {"width": np.int64, "height": np.int64} | dict.fromkeys(COLUMNS[4:], np.float64)
+    return pandas.DataFrame(rows, columns=list(COLUMNS)).astype(numbers)
+
+
+def _missing(function: str, package: str, error: ImportError) -> UsageError:
+    return UsageError(f"{function} needs {package}, which is not here ({error}); install it: pip install {package}")
 
 
 def _at(path: str, message: str) -> str:

@@ -26,15 +26,16 @@ from detkit.io import read_dataset
 from detkit.job import Model, Workspace
 from detkit.prediction_store import predict_all
 from detkit.predictions import read_predictions
-from detkit.predictor import Predictor, find_model
+from detkit.predictor import Predictor, find_model, is_model_file
 from detkit.progress import shown, track
 from detkit.remote import is_remote
 from detkit.runs import Run
 from detkit.scores import SCORE_FLOOR, Scores, score
+from detkit.studies import Study
 
-_ROLES = {"train": "training", "validation": "validation"}
+_ROLES = {"train": "training", "validation": "validation", "calibration": "calibration"}
 
-Scorable: TypeAlias = "Run | Model | Predictor | str | Path | Sequence[Detections]"
+Scorable: TypeAlias = "Run | Study | Model | Predictor | str | Path | Sequence[Detections]"
 """What can be scored: a model, opened or not, or what one found: a file for `read_predictions`, or one `Detections` for
 each image."""
 
@@ -154,7 +155,7 @@ def evaluate_all(
                     digests,
                     score_threshold=SCORE_FLOOR,
                     # The model's limit is one for all classes of an image, the protocol's one for each class.
-                    max_detections=max(limit, model.manifest.max_detections),
+                    max_detections=max(_limit_of(model, max_detections, limit), model.manifest.max_detections),
                     device=device,
                     batch_size=batch_size,
                     fresh=fresh,
@@ -180,15 +181,17 @@ def evaluate_all(
 
 def is_prediction_file(subject: object) -> bool:
     """Say whether something is the path or URL of a file with predictions, not of a run or a model."""
-    return isinstance(subject, (str, Path)) and (is_remote(subject) or Path(subject).is_file())
+    if not isinstance(subject, (str, Path)) or is_model_file(subject):
+        return False
+    return is_remote(subject) or Path(subject).is_file()
 
 
 def _model(subject: Scorable) -> Model | None:
     if isinstance(subject, Predictor):
         return subject.model
-    if isinstance(subject, (Run, Model)) or (isinstance(subject, (str, Path)) and not is_prediction_file(subject)):
-        return find_model(subject)
-    return None
+    if isinstance(subject, (str, Path)):
+        return None if is_prediction_file(subject) else find_model(subject)
+    return find_model(subject) if isinstance(subject, (Run, Study, Model)) else None
 
 
 def _look(predictor: Predictor, data: Dataset) -> tuple[list[Detections], float]:
@@ -340,10 +343,16 @@ def _truth(data: Dataset, digests: Sequence[str]) -> list[tuple[str, list[tuple[
     )
 
 
+def _limit_of(model: Model, asked: int | None, largest: int) -> int:
+    """Return how many detections a model is asked for: as many as others find, unless its graph has cut them itself."""
+    graph = model.manifest.native.get("graph") or {}
+    return asked or (model.manifest.max_detections if graph.get("suppressed") else largest)
+
+
 def _overlap(model: Model, data: Dataset, digests: list[str], allow: bool) -> str:
-    if not model.seen():
+    if "train" not in model.seen():
         warnings.warn(
-            f"which images {model.name} has seen is not known: there is no seen.json in {model.path}",
+            f"which images {model.name} has seen is not known: no seen.json in {model.path} tells its training images",
             DetkitWarning,
             stacklevel=4,
         )

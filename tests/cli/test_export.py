@@ -57,6 +57,22 @@ def test_it_goes_into_the_run(cli: Any, runs: dict[str, Any]) -> None:
     assert inside.out.startswith("../export/text/model.txt\n") or "/runs/first/export/text/model.txt" in inside.out
 
 
+def test_what_fails_leaves_nothing(cli: Any, runs: dict[str, Any]) -> None:
+    """Not in a folder that holds an earlier export, and no folder that was made for it."""
+    engine = runs["cwd"] / "site/writer_engine.py"
+    cli("export", "first", "text", "--to", "out", **runs)
+    text = ENGINE.replace("write_text(model.name)", "write_text('half')").replace(
+        'return to / "model.txt"', "raise UsageError('no more room')"
+    )
+    engine.write_text("from detkit.errors import UsageError\n" + text)
+    for folder in ("out", "new/deep/out"):
+        done = cli("export", "first", "text", "--to", folder, **runs)
+        assert (done.code, "no more room" in done.err) == (2, True), done.err
+    assert (runs["cwd"] / "out/model.txt").read_text() == "writer/memory"
+    assert sorted(path.name for path in (runs["cwd"] / "out").iterdir()) == ["model.txt", "more"]
+    assert not (runs["cwd"] / "new").exists()
+
+
 def test_model_of_no_run_needs_a_folder(cli: Any, runs: dict[str, Any]) -> None:
     done = cli("export", "models/a", "text", **runs)
     assert (done.code, "models/a belongs to no run; name the folder for its export with --to" in done.err) == (2, True)
@@ -68,5 +84,6 @@ def test_model_of_no_run_needs_a_folder(cli: Any, runs: dict[str, Any]) -> None:
     assert told == {
         "file": str(mine / "model.txt"),
         "folder_bytes": 2_000_000 + len("writer/memory") + len("not exported"),
+        "verified": None,
     }
     assert "precious" not in cli("export", "models/a", "text", "--to", mine, **runs).out

@@ -19,7 +19,9 @@ import detkit
 from detkit.boxes import iou
 from detkit.errors import DetkitError, RunFailed, Unsupported, WorkerDied
 from detkit.images import Image
+from detkit.job import Model
 from detkit.predictor import Predictor
+from detkit.verification import agreement_of
 
 
 def test_a_model_that_knows_eight_images_by_heart(memorised: detkit.Run, tiny: detkit.Dataset) -> None:
@@ -49,51 +51,25 @@ def test_the_manifest_tells_the_frameworks(memorised: detkit.Run) -> None:
     assert set(manifest.artifacts) == {"weights.params", "seen.json"}
 
 
-@pytest.fixture(scope="module")
-def onnx_file(memorised: detkit.Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return detkit.export(memorised, "onnx", tmp_path_factory.mktemp("onnx"))
-
-
-def test_onnx_finds_the_same(memorised: detkit.Run, onnx_file: Path, tiny: detkit.Dataset) -> None:
-    """The graph in ONNX Runtime, suppression in numpy: the boxes of MXNet, also two images at a time."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
-    known = json.loads(session.get_modelmeta().custom_metadata_map["detkit"])
-    assert known["classes"] == list(tiny.classes)
-    images = [enlarge(path) for path in tiny.paths]
-    inputs = (np.stack(images) / 255 - known["mean"]) / known["std"]
-    inputs = inputs.transpose(0, 3, 1, 2).astype(np.float32)
-    outputs = session.run(None, {"data": inputs[:2]})
-    singly = [session.run(None, {"data": inputs[i : i + 1]}) for i in range(len(inputs))]
-    for whole, first, second in zip(outputs, singly[0], singly[1], strict=True):
-        np.testing.assert_allclose(whole, np.concatenate([first, second]), atol=1e-3)
-    with Predictor(memorised, score_threshold=0.3) as predictor:
-        expected = list(predictor.predict(images))
-    assert sum(len(one) for one in expected) == len(tiny.boxes)
-    for (ids, scores, boxes), one in zip(singly, expected, strict=True):
-        assert ids.shape == (1, len(tiny.classes) * 2268, 1)
-        found = suppress(ids[0, :, 0], scores[0, :, 0], boxes[0], known["nms_threshold"], 0.3)
-        assert [name for name, _, _ in found] == list(one.names)
-        np.testing.assert_allclose([box for _, _, box in found] or np.zeros((0, 4)), one.boxes, atol=1e-2)
-        np.testing.assert_allclose([score for _, score, _ in found], one.scores, atol=1e-5)
+def test_onnx_finds_the_same(memorised: detkit.Run, tiny: detkit.Dataset, tmp_path: Path) -> None:
+    """In ONNX Runtime, prepared and suppressed by detkit: the boxes of MXNet, also from the file alone."""
+    pytest.importorskip("onnxruntime")
+    main = detkit.export(memorised, "onnx", verify=tiny)
+    agreement = agreement_of(Model(main.parent))
+    assert agreement is not None and agreement.disagreeing == 0 and agreement.detections >= len(tiny.boxes)
+    assert agreement.corners_px_max < 0.1 and agreement.original == pytest.approx(agreement.exported, abs=1e-3)
+    alone = shutil.copy(main, tmp_path / "alone.onnx")
+    with Predictor(memorised) as mxnet, Predictor(alone) as bare:
+        assert bare.score_threshold == mxnet.score_threshold
+        for theirs, ours in zip(mxnet.predict(tiny), bare.predict(tiny), strict=True):
+            assert ours.names == theirs.names
+            np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=0.2)
+    assert "mxnet" not in sys.modules
 
 
 def enlarge(path: str) -> Image:
     """Return an image at the network's own size: Pillow and MXNet do not enlarge alike."""
     return np.asarray(PillowImage.open(path).convert("RGB").resize((300, 300)))
-
-
-def suppress(
-    ids: np.ndarray, scores: np.ndarray, boxes: np.ndarray, threshold: float, least: float
-) -> list[tuple[str, float, list[float]]]:
-    """Greedy suppression within each class, best first: what a reader of the graph has to do."""
-    kept: list[tuple[str, float, list[float]]] = []
-    for i in np.argsort(-scores, kind="stable"):
-        name = ("disc", "square")[int(ids[i])]
-        rivals = np.array([box for other, _, box in kept if other == name]).reshape(-1, 4)
-        if scores[i] >= least and not (iou(boxes[i : i + 1].astype(np.float64), rivals) > threshold).any():
-            kept.append((name, float(scores[i]), boxes[i].clip(0, None).tolist()))
-    return kept
 
 
 def test_mxnets_own_format(memorised: detkit.Run, worker_python: str, tiny: detkit.Dataset, tmp_path: Path) -> None:
@@ -127,6 +103,12 @@ print(json.dumps([names, boxes[0].asnumpy()[keep].tolist()]))
     names, boxes = json.loads(done.stdout.splitlines()[-1])
     assert names == list(expected.names)
     np.testing.assert_allclose(boxes, expected.boxes, atol=1e-2)
+
+
+def test_what_detkit_cannot_open_is_not_verified(memorised: detkit.Run, tiny: detkit.Dataset, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="detkit does not open 'mxnet' itself"):
+        detkit.export(memorised, "mxnet", tmp_path / "out", verify=tiny)
+    assert not list(tmp_path.iterdir())
 
 
 def test_formats_it_does_not_write(memorised: detkit.Run, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from detkit.backends import Detector, Engine, PredictOptions
 from detkit.errors import Unsupported
 from detkit.job import Job, Model, Trained, Workspace
-from detkit.loop import count_cores
+from detkit.loading import count_cores
 from detkit_gluoncv import numpy_names  # noqa: F401 - from here on, mxnet and gluoncv can be imported
 
 SYMBOL = "symbol"

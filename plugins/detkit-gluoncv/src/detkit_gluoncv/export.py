@@ -1,7 +1,7 @@
 """Finished models in other formats: MXNet's symbol and parameters, and ONNX without suppression.
 
 Both take ``(b, 3, size, size)`` float32 RGB, 0 to 1, normalised by `detkit_gluoncv.batches.MEAN` and ``STD``; boxes
-come in input pixels. What a reader has to know beside the graph is written as `describe` says it.
+come in input pixels. What a reader has to know beside the graph is written as `detkit.graphs.Graph` says it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import msgspec
 import numpy as np
 
 from detkit.files import atomic_write, write_json
+from detkit.graphs import ONNX, PROPERTY, Graph, write_model
+from detkit.graphs import describe as manifest
 from detkit.job import Model
 from detkit_gluoncv.batches import MEAN, STD
 from detkit_gluoncv.networks import Net, load_artifact, settle
@@ -26,23 +28,28 @@ OPSET, IR_VERSION = 13, 8
 """The newest operator set that MXNet's exporter knows; it would stamp the newest that onnx knows."""
 
 
-def describe(model: Model) -> dict[str, Any]:
-    """Return what a reader of the graph has to know: class names, input, and the suppression that is left to it.
+def describe(model: Model, format: str, file: str, *, suppressed: bool) -> Graph:
+    """Return what a reader of the graph has to know.
 
-    The best ``nms_topk`` boxes of each class enter it, and the best ``max_detections`` of all classes are kept.
+    The best ``nms_topk`` boxes of each class enter suppression, the best ``max_detections`` of all classes are kept.
     """
     manifest = model.manifest
-    return {
-        "model": model.name,
-        "classes": list(model.classes),
-        "image_size": int(manifest.native["image_size"]),
-        "mean": MEAN,
-        "std": STD,
-        "nms_threshold": manifest.params["nms_threshold"],
-        "nms_topk": max(int(manifest.params["nms_topk"]), manifest.max_detections),
-        "max_detections": manifest.max_detections,
-        "score_threshold": manifest.score_threshold,
-    }
+    return Graph(
+        format=format,
+        file=file,
+        input="data",
+        outputs=["boxes", "scores", "ids"],
+        dtype="float32",
+        image_size=int(manifest.native["image_size"]),
+        resampling="opencv",
+        mean=list(MEAN),
+        std=list(STD),
+        clipped=False,
+        suppressed=suppressed,
+        nms_threshold=manifest.params["nms_threshold"],
+        class_candidates=max(int(manifest.params["nms_topk"]), manifest.max_detections),
+        max_detections=manifest.max_detections,
+    )
 
 
 def export_mxnet(model: Model, folder: Path) -> Path:
@@ -51,19 +58,21 @@ def export_mxnet(model: Model, folder: Path) -> Path:
     Load it with ``mx.gluon.SymbolBlock.imports(symbol, ["data"], params)``; it returns ids, scores and boxes,
     ``(b, max_detections, 1 | 1 | 4)``, id -1 where there is none. GluonCV's suppression drops scores up to .01.
     """
-    known = describe(model)
+    graph = describe(model, "mxnet", "model-symbol.json", suppressed=True)
     net = load_artifact(model)
+    topk = (graph.class_candidates or 0) * len(model.classes)
     # At a threshold of 1 GluonCV would leave the rest of its suppression out, too.
-    net.set_nms(min(known["nms_threshold"], 0.9999), known["nms_topk"] * len(model.classes), known["max_detections"])
+    net.set_nms(min(graph.nms_threshold, 0.9999), topk, graph.max_detections)
     with tempfile.TemporaryDirectory(dir=_made(folder)) as temporary:
-        for file in _export(net, known["image_size"], Path(temporary)):
+        for file in _export(net, graph.image_size, Path(temporary)):
             file.replace(folder / file.name)
-    write_json(folder / "model.json", known)
-    return folder / "model-symbol.json"
+    known = {"model": model.name, "classes": model.classes, "score_threshold": model.manifest.score_threshold}
+    write_json(folder / "model.json", known | msgspec.to_builtins(graph))
+    return folder / graph.file
 
 
 def export_onnx(model: Model, folder: Path) -> Path:
-    """Write ``model.onnx``, whose batch size is free; `describe` is its metadata property ``detkit``.
+    """Write ``model.onnx``, whose batch size is free, and what makes the folder a model that detkit-onnx opens.
 
     Its input is ``data``, its outputs are ``ids``, ``scores`` and ``boxes`` of every anchor and class,
     ``(b, classes * anchors, 1 | 1 | 4)``, one class after the other, id -1 below the score floor. Suppression within
@@ -72,8 +81,8 @@ def export_onnx(model: Model, folder: Path) -> Path:
     _mend_exporter()
     import onnx
 
-    known = describe(model)
-    size = known["image_size"]
+    described = describe(model, "onnx", "model.onnx", suppressed=False)
+    size = described.image_size
     net = load_artifact(model)
     net.set_nms(nms_thresh=-1)
     with tempfile.TemporaryDirectory(dir=_made(folder)) as temporary:
@@ -93,11 +102,12 @@ def export_onnx(model: Model, folder: Path) -> Path:
     graph.opset_import.extend([onnx.helper.make_opsetid("", OPSET)])
     graph.ir_version = IR_VERSION
     _tidy(onnx, graph.graph, len(model.classes) * int(model.manifest.native["anchors"]))
-    onnx.helper.set_model_props(graph, {"detkit": msgspec.json.encode(known).decode()})
+    onnx.helper.set_model_props(graph, {PROPERTY: msgspec.json.encode(manifest(model, described, **ONNX)).decode()})
     onnx.checker.check_model(graph)
-    with atomic_write(folder / "model.onnx") as target:
+    with atomic_write(folder / described.file) as target:
         target.write(graph.SerializeToString())
-    return folder / "model.onnx"
+    write_model(model, described, folder, **ONNX)
+    return folder / described.file
 
 
 EXPORTERS: Mapping[str, Callable[[Model, Path], Path]] = {"mxnet": export_mxnet, "onnx": export_onnx}

@@ -15,7 +15,8 @@ from detkit.data import Dataset
 from detkit.files import atomic_write
 from detkit.images import Image
 from detkit.job import Job, Trained, Workspace
-from detkit.loop import Counters, TrainingLoop, load_ahead, loading_threads
+from detkit.loading import load_ahead, loading_threads
+from detkit.loop import Counters, TrainingLoop
 from detkit.scores import SCORE_FLOOR, Scores, score
 from detkit_gluoncv.batches import Batch, Targets, change, normalise, shrink, target
 from detkit_gluoncv.detector import SsdDetector
@@ -225,6 +226,7 @@ class Training(TrainingLoop[Batch]):
                 "warmup_steps": self.warmup_steps,
                 "anchors": self.targets.num_anchors,
                 "optimizer": type(self.trainer._optimizer).__name__,
+                "weight_decay": self.trainer._optimizer.wd,
             },
             weights=self.origin,
             metrics=metrics,
