@@ -135,6 +135,7 @@ def test_the_code_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     own = prediction_store._code("detkit", prediction_store._OWN_CODE)
     assert own not in {prediction_store._code("detkit"), prediction_store._code("nowhere_at_all")}
     folder = Path(prediction_store.__file__).parent
+    assert {"graphs", "masks", "resizing", "videos"} <= set(prediction_store._OWN_CODE)
     assert all((folder / f"{name}.py").is_file() for name in prediction_store._OWN_CODE)
 
 
@@ -156,6 +157,21 @@ def installed(folder: Path, name: str, version: str) -> None:
         shutil.rmtree(old)
     (folder / f"{name}-{version}.dist-info").mkdir()
     (folder / f"{name}-{version}.dist-info/METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+
+
+def test_a_variant_of_what_the_engine_needs(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime comes as onnxruntime-gpu, too; a distribution that merely begins alike is another one."""
+    backend = plugins.backend("echo")
+    assert isinstance(backend, LocalBackend)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "some_framework.py").write_text("")
+    monkeypatch.setattr(plugins, "backend", {"echo": replace(backend, requires=("some_framework",))}.__getitem__)
+    for name, module in (("some_framework_gpu", "some_framework"), ("some_framework_more", "some_framework_more")):
+        folder = tmp_path / f"{name}-2.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Name: {name}\nVersion: 2.0\n")
+        (folder / "top_level.txt").write_text(f"{module}\n")
+    assert prediction_store._needs(model) == {"some_framework_gpu": "2.0"}
 
 
 @pytest.mark.parametrize("own_interpreter", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pycocotools import mask as pycoco_mask
 from pycocotools.coco import COCO
 
 from detkit import Dataset, Detections, Sample, read_dataset, read_predictions, write_dataset, write_predictions
-from detkit.errors import ClassMismatch, DetkitError, DetkitWarning, InvalidData, UsageError
+from detkit.errors import ClassMismatch, DetkitError, DetkitWarning, InvalidData, StorageError, UsageError
 from detkit.formats.resultmasks import mask_fault
 from detkit.predictions import looks_like_predictions
 from detkit.scores.matching import pairs_of_any_class
@@ -376,6 +376,32 @@ def test_what_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(InvalidData, match="detections on sub/b.jpg hold numbers that are not finite"):
         write_predictions(tmp_path / "found.json", DATA, [found[0], broken, found[2]])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv"])
+def test_every_file_has_finite_numbers_alone(ending: str, tmp_path: Path) -> None:
+    found = some_detections(DATA)[1]
+    broken = replace(found, boxes=found.boxes * np.nan)
+    with pytest.raises(InvalidData, match="detections on .*sub/b.jpg hold numbers that are not finite"):
+        write_predictions(tmp_path / f"found{ending}", None, [broken])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv"])
+@pytest.mark.parametrize("data", [None, DATA])
+def test_an_error_of_who_makes_the_detections_stays_what_it_is(
+    data: Dataset | None, ending: str, tmp_path: Path
+) -> None:
+    def camera() -> Iterator[Detections]:
+        yield some_detections(DATA)[0]
+        raise OSError("camera gone")
+
+    with pytest.raises(OSError, match="^camera gone$"):
+        write_predictions(tmp_path / f"found{ending}", data, camera())
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot write"):
+        write_predictions(tmp_path / f"file/found{ending}", data, camera())
 
 
 def test_every_fault_is_told(tmp_path: Path) -> None:

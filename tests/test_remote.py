@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detkit import Dataset, check, read_dataset, remote, write_dataset
+from detkit import Dataset, Predictor, Trainer, check, read_dataset, remote, write_dataset
 from detkit.errors import InvalidData, StorageError, UsageError
 from detkit.testing import tiny_dataset
 
@@ -198,13 +198,36 @@ def test_fetched_to_this_machine(s3: Any, bucket: str, data: Dataset, tmp_path: 
 
 def test_trained_on(s3: Any, bucket: str, data: Dataset, clean: Path) -> None:
     pytest.importorskip("detkit_echo")
-    from detkit import Trainer, evaluate
+    from detkit import evaluate
 
     write_dataset(data, f"s3://{bucket}/coco", "coco")
     there = read_dataset(f"s3://{bucket}/coco")
     run = Trainer(model="echo/memory", epochs=4).fit(there, there, quiet=True)
     assert run.status == "finished"
     assert evaluate(run, f"s3://{bucket}/coco", allow_seen=True)["AP"] > 0.9
+
+
+def test_a_predictor_takes_urls_where_it_may(s3: Any, bucket: str, data: Dataset, clean: Path) -> None:
+    run = Trainer(model="echo/memory", epochs=8).fit(data, data, quiet=True)
+    put(s3, bucket, Path(data.paths[0]).parent, "images")
+    s3.put_object(Bucket=bucket, Key="images/notes.txt", Body=b"no image")
+    folder = f"s3://{bucket}/images"
+    with Predictor(run) as predictor:
+        here = list(predictor.predict(Path(data.paths[0]).parent))
+        for source in (folder, f"{folder}/", [folder], f"{folder}/000.jpg"):
+            with pytest.raises(UsageError, match="nothing is fetched unless you say so"):
+                list(predictor.predict(source))
+        there = list(predictor.predict(folder, fetch=True))
+        assert [one.path for one in there] == [f"{folder}/{Path(one.path).name}" for one in here]
+        assert [one.names for one in there] == [one.names for one in here]
+        assert predictor(there[0].path, fetch=True).names == here[0].names
+        assert [one.names for one in predictor.predict(there[3].path, fetch=True)] == [here[3].names]
+        with pytest.raises(UsageError, match=f"there is no file or folder s3://{bucket}/none"):
+            list(predictor.predict(f"s3://{bucket}/none", fetch=True))
+    write_dataset(data, f"s3://{bucket}/set", "coco")
+    with Predictor(run) as predictor:
+        found = list(predictor.predict(read_dataset(f"s3://{bucket}/set")))
+        assert [one.names for one in found] == [one.names for one in here], "a data set has been asked for"
 
 
 def test_findings_name_urls(s3: Any, bucket: str, data: Dataset, tmp_path: Path) -> None:
