@@ -1,11 +1,16 @@
-"""Images per second of detkit's training against a plain torchvision loop: same network, batch, input size, float32.
+"""Images per second of detkit's training against a plain torchvision loop that does the same work.
 
 The plain loop is that of torchvision's detection references: decode with Pillow, convert to float, flip, let the
-network's own transform resize and normalise each image, step. Both train in this process in turn, a few steps each
-(A B A B ...), so that a busy machine slows both; what is quoted is the ratio of medians. The start-up row is the
-wall time from `fit()` to the first optimizer step in the worker.
+network's own transform resize and normalise each image, step. detkit's is what its worker runs, logging and checkpoints
+included, with the same network, batch, input size, flips and optimizer. Each has a process of its own, and they take a
+few steps in turn (A B A B ...), so that a busy machine slows both; what is quoted is the ratio of medians of wall time,
+and of processor time over all threads. Memory is the most that a process ever had, torch itself included.
 
-    python benchmarks/train_step.py [--model ssd_tiny ...] [--rounds 6]
+    python benchmarks/train_step.py [--model ssd_tiny ...] [--heavy] [--amp bf16] [--switches] [--rounds 6]
+
+``--amp bf16`` measures both loops in bf16 too; ``--switches`` measures what each thing that detkit does is worth, and
+what the model's own augmentations, clipping and average cost.
+Processors that others use make two threads wait for each other: there, measure with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -13,38 +18,79 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import multiprocessing
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from msgspec import to_builtins
-from msgspec.structs import replace
 from PIL import Image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms.v2 import functional as F
 
 import detkit
+from detkit.checkpoints import STEP
 from detkit.data import Dataset
 from detkit.formats.checks import prepare
 from detkit.job import Job, Workspace
 from detkit.shapes import write_shapes
-from detkit_torchvision.devices import keep_freed_memory
+from detkit_torchvision import batches
+from detkit_torchvision.devices import CHANNELS_LAST, CONTIGUOUS, keep_freed_memory
 from detkit_torchvision.models import MODELS, build
 from detkit_torchvision.params import MODELS as SPECS
 from detkit_torchvision.params import TorchvisionOptions
-from detkit_torchvision.training import Training
+from detkit_torchvision.probing import Way
+from detkit_torchvision.training import AMP_DTYPES, Training
 
 CASES = {
     "ssd_tiny": (160, 8),
     "fcos_small": (160, 8),
-    "ssdlite320_mobilenet_v3_large": (320, 8),
+    "ssdlite320_mobilenet_v3_large": (320, 16),
     "fasterrcnn_mobilenet_v3_large_320_fpn": (320, 4),
 }
 """Input size and batch of each measured model."""
+
+HEAVY = {
+    "ssd300_vgg16": (300, 4),
+    "fasterrcnn_resnet50_fpn_v2": (320, 2),
+    "retinanet_resnet50_fpn_v2": (320, 2),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One loop in one process."""
+
+    model: str
+    size: int
+    batch: int
+    plain: bool = False
+    amp: str | None = None
+    allocator: bool = True
+    """Whether freed memory is kept for the next step."""
+    layout: str = CHANNELS_LAST
+    cache: bool = True
+    """Whether decoded images are kept."""
+    num_workers: int | str = "auto"
+    """Threads that load images."""
+    own_recipe: bool = False
+    """Whether images are changed as the model's defaults say, gradients clipped and weights averaged."""
+
+
+SWITCHES = {
+    "memory is given back": {"allocator": False},
+    "tensors in planes": {"layout": CONTIGUOUS},
+    "images decoded every time": {"cache": False},
+    "one thread loads images": {"num_workers": 1},
+    "own augmentations, clipping, average": {"own_recipe": True},
+}
 
 
 class Loader(torch.utils.data.Dataset):
@@ -67,24 +113,25 @@ class Loader(torch.utils.data.Dataset):
         return image, {"boxes": boxes, "labels": labels}
 
 
-def plain_steps(data: Dataset, model: str, size: int, batch: int) -> Iterator[int]:
+def plain_steps(data: Dataset, one: Contender) -> Iterator[int]:
     """Yield after each step of the plain loop."""
-    spec = MODELS[model]
-    network = build(model, len(data.classes), image_size=size)
-    longest = size if spec.max_ratio is None else round(size * spec.max_ratio)
-    fixed = {"fixed_size": (size, size)} if spec.max_ratio is None else {}
-    network.transform = GeneralizedRCNNTransform(size, longest, list(spec.mean), list(spec.std), **fixed)
+    spec = MODELS[one.model]
+    network = build(one.model, len(data.classes), image_size=one.size)
+    longest = one.size if spec.max_ratio is None else round(one.size * spec.max_ratio)
+    fixed = {"fixed_size": (one.size, one.size)} if spec.max_ratio is None else {}
+    network.transform = GeneralizedRCNNTransform(one.size, longest, list(spec.mean), list(spec.std), **fixed)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
     loader = torch.utils.data.DataLoader(
         Loader(data, spec.label_offset),
-        batch,
+        one.batch,
         shuffle=True,
         drop_last=True,
         collate_fn=lambda rows: tuple(zip(*rows, strict=True)),
     )
     network.train()
     for step, (images, targets) in enumerate(itertools.chain.from_iterable(itertools.repeat(loader))):
-        total = sum(network(images, targets).values())
+        with torch.autocast("cpu", AMP_DTYPES.get(one.amp or ""), enabled=one.amp is not None):
+            total = sum(value.float() for value in network(images, targets).values())
         if not math.isfinite(total.item()):
             raise SystemExit("the plain loop diverged")
         optimizer.zero_grad()
@@ -93,35 +140,110 @@ def plain_steps(data: Dataset, model: str, size: int, batch: int) -> Iterator[in
         yield step
 
 
-def detkit_steps(data: Dataset, model: str, size: int, batch: int, folder: Path) -> Iterator[int]:
+def detkit_steps(data: Dataset, one: Contender, folder: Path) -> Iterator[int]:
     """Yield after each step of what the worker runs, with its logging and checkpoints."""
-    params = replace(
-        SPECS[model].params, batch_size=batch, image_size=size, iterations=10**6, epochs=None, weights=None,
-        learning_rate=1e-3, optimizer="sgd", max_detections=100,
+    params = msgspec.structs.replace(
+        SPECS[one.model].params, batch_size=one.batch, image_size=one.size, iterations=10**6, epochs=None, weights=None,
+        learning_rate=1e-3, optimizer="sgd", max_detections=100, amp=one.amp,
     )  # fmt: skip
+    if not one.own_recipe:
+        params = msgspec.structs.replace(params, augmentations=("hflip",), gradient_clip=None, ema_decay=None)
     job = Job(
         backend="torchvision",
         engine="",
-        model=model,
+        model=one.model,
         params=to_builtins(params),
-        options=to_builtins(TorchvisionOptions()),
+        options=to_builtins(TorchvisionOptions(num_workers=one.num_workers)),
         classes=list(data.classes),
     )
+    if not one.cache:
+        batches._CACHE_SHARE = 0.0
     workspace = Workspace(folder)
     workspace.create(job)
     prepared = prepare(data, on_invalid="raise")
     workspace.write_dataset("train", prepared.data, prepared.image_digests)
+    if one.layout != CHANNELS_LAST:
+        workspace.checkpoints.mkdir(exist_ok=True)
+        way = Way(one.layout, torch.get_num_threads(), one.amp)
+        (workspace.checkpoints / STEP).write_bytes(msgspec.json.encode(way))
     training = Training(job, workspace)
     training.prepare()
+    for index in range(len(data)):
+        training.inputs.image(index)  # as the first epoch does
     yield from training.steps()
 
 
-def measure(steps: Iterator[int], count: int) -> tuple[float, float]:
-    """Return CPU and wall seconds of the next steps."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    for _ in range(count):
-        next(steps)
-    return time.process_time() - cpu, time.perf_counter() - wall
+def work(one: Contender, images: Path, connection: multiprocessing.connection.Connection) -> None:
+    """Take steps when told how many; answer with processor and wall seconds, and the peak of memory in bytes."""
+    if one.allocator:
+        keep_freed_memory()
+    data = detkit.read_dataset(images)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = plain_steps(data, one) if one.plain else detkit_steps(data, one, Path(folder))
+        while count := connection.recv():
+            cpu, wall = time.process_time(), time.perf_counter()
+            for _ in range(count):
+                next(steps)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            connection.send((time.process_time() - cpu, time.perf_counter() - wall, peak))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians of one contender."""
+
+    cpu: float
+    """Seconds an image."""
+    wall: float
+    peak: float
+    """Bytes."""
+
+
+def race(contenders: list[Contender], images: Path, rounds: int) -> list[Measured]:
+    """Let several loops take steps in turn."""
+    context = multiprocessing.get_context("spawn")
+    ends, processes = [], []
+    try:
+        for one in contenders:
+            here, there = context.Pipe()
+            processes.append(context.Process(target=work, args=(one, images, there), daemon=True))
+            processes[-1].start()
+            there.close()
+            ends.append(here)
+            here.send(2)  # the first steps are not counted
+            here.recv()
+        counts = [max(1, 32 // one.batch) for one in contenders]
+        taken: list[list[tuple[float, float, float]]] = [[] for _ in contenders]
+        for _ in range(rounds):
+            for end, count, times in zip(ends, counts, taken, strict=True):
+                end.send(count)
+                times.append(end.recv())
+        for end in ends:
+            end.send(0)
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    return [
+        Measured(
+            *(statistics.median(one[part] for one in times) / (count * contender.batch) for part in (0, 1)),
+            times[-1][2],
+        )
+        for contender, count, times in zip(contenders, counts, taken, strict=True)
+    ]
+
+
+def compare(name: str, contenders: dict[str, Contender], images: Path, rounds: int) -> None:
+    """Print a row for each contender but the first, which the others are compared with."""
+    measured = dict(zip(contenders, race(list(contenders.values()), images, rounds), strict=True))
+    (first, base), *others = measured.items()
+    for label, own in others:
+        print(
+            f"{name:38} {contenders[label].batch:5} {f'{label} / {first}':44} {base.wall / own.wall:7.2f}x "
+            f"{base.cpu / own.cpu:7.2f}x {1000 * base.cpu:9.1f} {1000 * own.cpu:8.1f} "
+            f"{base.peak / 1e6:9.0f} {own.peak / 1e6:8.0f}",
+            flush=True,
+        )
 
 
 def seconds_to_first_step(data: Dataset, folder: Path) -> float:
@@ -133,33 +255,43 @@ def seconds_to_first_step(data: Dataset, folder: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", choices=CASES)
+    parser.add_argument("--model", action="append", choices=CASES | HEAVY)
+    parser.add_argument("--heavy", action="store_true", help="the large models too")
+    parser.add_argument("--amp", choices=["bf16"], help="rows in half precision too")
+    parser.add_argument("--switches", action="store_true", help="rows for what each switch is worth")
+    parser.add_argument("--batch", type=int, help="instead of each model's")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--image-size", type=int, default=320, help="of the JPEGs")
+    parser.add_argument("--first-step", action="store_true", help="seconds from fit() to the first step, too")
     args = parser.parse_args()
-    keep_freed_memory()  # the plain loop profits, too: the ratio is on the safe side
+    cases = CASES | (HEAVY if args.heavy or args.model else {})
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        data = detkit.read_dataset(write_shapes(root / "shapes", num_images=args.images, size=320))
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.images} JPEGs of 320x320")
-        print(f"{'model':40} {'batch':>5} {'plain img/s':>12} {'detkit img/s':>13} {'wall':>11} {'CPU':>10}")
-        for model in args.model or CASES:
-            size, batch = CASES[model]
-            plain = plain_steps(data, model, size, batch)
-            ours = detkit_steps(data, model, size, batch, root / model)
-            per_round = max(2, 48 // batch)
-            measure(plain, 2), measure(ours, math.ceil(len(data) / batch))  # warm-up: the first epoch fills the cache
-            rounds = [(measure(plain, per_round), measure(ours, per_round)) for _ in range(args.rounds)]
-            (plain_cpu, plain_wall), (our_cpu, our_wall) = (
-                tuple(statistics.median(side) for side in zip(*(r[i] for r in rounds), strict=True)) for i in (0, 1)
-            )
-            count = per_round * batch
-            print(
-                f"{model:40} {batch:5} {count / plain_wall:12.1f} {count / our_wall:13.1f} "
-                f"{plain_wall / our_wall:10.2f}x {plain_cpu / our_cpu:9.2f}x",
-                flush=True,
-            )
-        print(f"fit() to the first step, ssd_tiny: {seconds_to_first_step(data, root / 'start'):.1f} s")
+        images = write_shapes(root / "shapes", num_images=args.images, size=args.image_size)
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, JPEGs of {args.image_size} pixels")
+        print(
+            f"{'model':38} {'batch':>5} {'compared':44} {'wall':>8} {'CPU':>8} {'CPU ms':>9} {'an image':>8} "
+            f"{'MB':>9} {'':>8}"
+        )
+        for model in args.model or cases:
+            size, batch = cases[model]
+            ours = Contender(model, size, args.batch or batch)
+            plain = replace(ours, plain=True, allocator=False)
+            contenders = {"plain": plain, "detkit": ours}
+            if args.amp:
+                contenders |= {"detkit bf16": replace(ours, amp=args.amp), "plain bf16": replace(plain, amp=args.amp)}
+            compare(model, contenders, images, args.rounds)
+            if args.amp:
+                pair = {"plain bf16": contenders["plain bf16"], "detkit bf16": contenders["detkit bf16"]}
+                compare(model, pair, images, args.rounds)
+            if args.switches:
+                others = {label: replace(ours, **change) for label, change in SWITCHES.items()}
+                others["plain, memory kept"] = replace(plain, allocator=True)
+                compare(model, {"detkit": ours, **others}, images, args.rounds)
+        if args.first_step:
+            seconds = seconds_to_first_step(detkit.read_dataset(images), root / "start")
+            print(f"fit() to the first step, ssd_tiny: {seconds:.1f} s")
 
 
 if __name__ == "__main__":

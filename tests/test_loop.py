@@ -18,7 +18,8 @@ from detkit.detections import Detections
 from detkit.errors import NonFiniteLoss, UsageError
 from detkit.events import Event
 from detkit.job import Continued, Job, Workspace
-from detkit.loop import Counters, TrainingLoop, load_ahead
+from detkit.loading import load_ahead
+from detkit.loop import Counters, TrainingLoop
 from detkit.sampling import class_balanced_shares, epoch_order
 from detkit.scores import Scores, score
 from detkit.testing import tiny_dataset

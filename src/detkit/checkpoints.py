@@ -15,7 +15,9 @@ from detkit.files import atomic_write, file_sha256
 
 KEPT = 2
 BATCH_SIZE = "batch_size.json"
-"""A file that may lie beside the states and is none: the batch size that was chosen when training began."""
+STEP = "step.json"
+CHOICES = (BATCH_SIZE, STEP)
+"""Files that may lie beside the states and are none: what was chosen at the start, batch size and way of a step."""
 _DIGITS = 16
 """Hexadecimal digits of the sha256 that a name has."""
 _NEW = "new"

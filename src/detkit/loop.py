@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import time
+import tempfile
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
@@ -25,10 +22,12 @@ import numpy as np
 
 from detkit.checkpoints import Checkpoints
 from detkit.data import Dataset
-from detkit.errors import NonFiniteLoss, UsageError
+from detkit.errors import NonFiniteLoss, Stopped, UsageError
 from detkit.job import Job, WeightsOrigin, Workspace
 from detkit.params import every_steps
+from detkit.ranks import Alone, Ranks
 from detkit.sampling import class_balanced_shares, epoch_order
+from detkit.timing import Clock, Meter, tell
 
 if TYPE_CHECKING:
     from detkit.scores import Scores
@@ -46,13 +45,10 @@ ONE_CYCLE_RISE, ONE_CYCLE_START, ONE_CYCLE_END = 0.3, 1 / 25, 1 / 25e4
 _NAMED_BOXES = 5
 """Boxes of an image that an error lists."""
 
-_AHEAD = 2
-"""Items made ready ahead of the step that needs them, beside one for each thread."""
-
-_PROGRESS_EVERY_S = 0.5
+_RANK_SEEDS = 1 << 40
+"""How far the seeds of two ranks lie apart."""
 
 BatchT = TypeVar("BatchT")
-ItemT = TypeVar("ItemT")
 
 
 @dataclass
@@ -86,14 +82,29 @@ class TrainingLoop(ABC, Generic[BatchT]):
     """One training run. `steps` does it; subclasses say what a step is.
 
     Everything random belongs to a seed and a step or an image alone, see `step_seed` and `image_seed`: then a resumed
-    run ends like an uninterrupted one.
+    run ends like an uninterrupted one. Of several processes each runs the loop, see `detkit.ranks`; the first one has
+    the scores, and writes.
     """
 
-    def __init__(self, job: Job, workspace: Workspace) -> None:
+    def __init__(
+        self,
+        job: Job,
+        workspace: Workspace,
+        ranks: Ranks | None = None,
+        synchronise: Callable[[], object] | None = None,
+    ) -> None:
+        """``synchronise`` waits for a device that works on its own, for `clock`."""
+        self.ranks = ranks or Alone()
+        self.clock = Clock(synchronise)
         data = workspace.dataset("train")
         assert data is not None
         self.job, self.workspace, self.params = job, workspace, job.params
         self.data: Dataset = data
+        if self.params["batch_size"] < self.ranks.size:
+            raise UsageError(
+                f"batch_size={self.params['batch_size']} for {self.ranks.size} processes: it is the whole batch, of "
+                f"which each has its share; give batch_size={self.ranks.size} or more"
+            )
         shares = class_balanced_shares(data) if self.params.get("sampling") == "class_balanced" else None
         self.steps_per_epoch = len(epoch_order(len(data), self.params["batch_size"], 0, 0))
         self.total_steps: int = self.params["iterations"] or self.params["epochs"] * self.steps_per_epoch
@@ -104,7 +115,8 @@ class TrainingLoop(ABC, Generic[BatchT]):
         """Where the weights came from; an engine sets it before the first step."""
         self._unlogged: list[dict[str, float]] = []
         self._checkpoints = Checkpoints(workspace.checkpoints)
-        self._from = self._checkpoints.newest(self.say)
+        self._from = self._checkpoints.newest(self.say) if self.ranks.rank == 0 else None
+        self._resumes = self._agreed(self._from is not None)
         self._order = functools.lru_cache(maxsize=8)(
             lambda epoch: epoch_order(len(data), self.params["batch_size"], self.params["seed"], epoch, shares)
         )
@@ -122,7 +134,7 @@ class TrainingLoop(ABC, Generic[BatchT]):
 
     @abstractmethod
     def validate(self) -> Scores | None:
-        """Score the validation images; None where there are none."""
+        """Score the validation images; None where there are none, and on all ranks but the first."""
 
     @abstractmethod
     def snapshot(self) -> Any:
@@ -140,15 +152,18 @@ class TrainingLoop(ABC, Generic[BatchT]):
         """Return ``loss`` and its parts on the validation images, where the engine can tell. Changes no weight."""
         return {}
 
+    def share_statistics(self) -> None:
+        """Make what each rank has learned of its own images, beside the gradients, the same on all."""
+
     @property
     def resumes(self) -> bool:
         """Whether this run goes on from a checkpoint; then `resume` takes it up, and nothing else gives weights."""
-        return self._from is not None
+        return self._resumes
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, once network and optimizer are there."""
-        assert self._from is not None
-        counters, best_state = self.read_state(self._from.path)
+        with self._state_file() as file:
+            counters, best_state = self.read_state(file)
         self.step, self.origin, self._unlogged = counters.step, counters.origin, list(counters.losses)
         self.best = Best(**counters.best, state=best_state)
         self.log("state", {"state": "resumed"})
@@ -163,8 +178,24 @@ class TrainingLoop(ABC, Generic[BatchT]):
                 f"{counters.total_steps}: the learning rate goes on at {now:.3g}, it was {was:.3g}"
             )
 
+    @contextmanager
+    def _state_file(self) -> Iterator[Path]:
+        """Yield the checkpoint's file; on other ranks than the first, which may be other machines, a copy of it."""
+        whole = b""
+        if self.ranks.size > 1:
+            whole = self.ranks.broadcast(b"" if self._from is None else self._from.path.read_bytes())
+        if self._from is not None:
+            yield self._from.path
+            return
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(whole)
+            file.flush()
+            yield Path(file.name)
+
     def save_checkpoint(self) -> None:
-        """Save a state that `resume` can take up; the one before stays beside it."""
+        """Save a state that `resume` can take up; the one before stays beside it. Rank 0 does."""
+        if self.ranks.rank > 0:
+            return
         best = {name: value for name, value in vars(self.best).items() if name != "state"}
         counters = Counters(
             step=self.step, total_steps=self.total_steps, best=best, losses=self._unlogged, origin=self.origin
@@ -175,31 +206,64 @@ class TrainingLoop(ABC, Generic[BatchT]):
         """Train, log, validate and save; yield the number of steps done after each."""
         validate_steps = every_steps(self.params["validate_every"], self.steps_per_epoch)
         checkpoint_steps = every_steps(self.params["checkpoint_every"], self.steps_per_epoch)
-        meter = _Meter(self.step, self.total_steps)
+        meter = Meter(self.step, self.total_steps)
         if self.step % validate_steps == 0 and self._out_of_patience():
             return
-        for batch in self.batches():
-            self.workspace.raise_if_stopped()
+        self.clock.started()
+        for batch in self.clock.each(self.batches(), "data"):
+            if self.ranks.size == 1:
+                self.workspace.raise_if_stopped()
             self._unlogged.append(self.train_step(batch))
             self.step += 1
+            self.clock.steps += 1
             ends = self.step == self.total_steps
             if self.step % LOG_EVERY == 0 or self.step % self.steps_per_epoch == 0 or ends:
                 self._log_losses()
             if (progress := meter.update(self.step, len(self.batch_indices(self.step - 1)))) is not None:
                 self.log("progress", progress)
-            if validates := (self.step % validate_steps == 0 or ends):
-                scores = self.validate()
+            validates = self.step % validate_steps == 0 or ends
+            saves = self.step % checkpoint_steps == 0 or ends
+            if validates or saves:
+                self.share_statistics()
+            if validates:
+                with self.clock.part("validation"):
+                    scores, losses = self.validate(), self.validation_losses()
                 if scores is not None:
-                    self._judge(scores, self.validation_losses())
+                    self._judge(scores, losses)
                 meter.restart(self.step)
-            stops_early = validates and not ends and self._out_of_patience()
-            if self.step % checkpoint_steps == 0 or ends or stops_early:
-                self.save_checkpoint()
+            stops_early = validates and not ends and self._agreed(self._out_of_patience())
+            if saves or stops_early:
+                with self.clock.part("checkpoint"):
+                    self.save_checkpoint()
             yield self.step
             if stops_early:
                 without = f"{self.best.stale} validations without a better {self._best_metric}"
                 self.say(f"stopped early after step {self.step}: {without}")
                 return
+
+    def agree(self, losses: dict[str, float]) -> dict[str, float]:
+        """Return the sums of a pass's losses over all ranks, of which each gives its share.
+
+        Raises `Stopped` on all of them where one was asked to stop; with several ranks an engine calls it in every
+        step, before it changes a weight.
+        """
+        if self.ranks.size == 1:
+            return losses
+        with self.clock.part("communication"):
+            *sums, stops = self.ranks.sum([*losses.values(), float(self.workspace.stop_requested)])
+        if stops:
+            raise Stopped
+        return dict(zip(losses, sums, strict=True))
+
+    def _agreed(self, is_so: bool) -> bool:
+        """Return what rank 0 says on all ranks."""
+        return self.ranks.sum([float(is_so and self.ranks.rank == 0)])[0] > 0
+
+    def report_times(self, bytes_per_step: int = 0) -> dict[str, float]:
+        """Return where the seconds of this process went, and say it."""
+        seconds = self.clock.report()
+        self.say(tell(seconds, self.ranks.place, bytes_per_step))
+        return {**seconds, **({"bytes_per_step": float(bytes_per_step)} if bytes_per_step else {})}
 
     @property
     def peak_learning_rate(self) -> float:
@@ -244,7 +308,7 @@ class TrainingLoop(ABC, Generic[BatchT]):
 
     def step_seed(self) -> int:
         """Return a seed for what happens inside the network at this step."""
-        return int(self.params["seed"] * 1_000_003 + self.step)
+        return int(self.params["seed"] * 1_000_003 + self.step + self.ranks.rank * _RANK_SEEDS)
 
     def check_finite(self, losses: Mapping[str, float], indices: Sequence[int]) -> None:
         """Raise `NonFiniteLoss` naming the step, the learning rate, the batch's files and their boxes.
@@ -322,59 +386,6 @@ class TrainingLoop(ABC, Generic[BatchT]):
             return round(float(epochs) * self.steps_per_epoch)
         share = ONE_CYCLE_RISE if self.params["lr_scheduler"] == "one_cycle" else 0.05
         return round(share * total_steps) if iterations == "auto" else int(iterations or 0)
-
-
-def load_ahead(load: Callable[[int], ItemT], numbers: Iterable[int], num_workers: int) -> Iterator[ItemT]:
-    """Yield ``load(number)`` for each step or image, in order, loaded by threads before they are needed."""
-    if num_workers == 0:
-        yield from map(load, numbers)
-        return
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(num_workers, thread_name_prefix="decode"))
-        waiting: deque[Future[ItemT]] = deque()
-        stack.callback(lambda: [future.cancel() for future in waiting])
-        for number in numbers:
-            waiting.append(pool.submit(load, number))
-            if len(waiting) > _AHEAD + num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def count_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def loading_threads(asked: int | str) -> int:
-    """Return the threads for `load_ahead`; ``auto`` is none on one or two cores, where they would only compete."""
-    return int(asked) if asked != "auto" else 0 if count_cores() <= 2 else min(8, count_cores() - 1)
-
-
-class _Meter:
-    """Images per second and time left, over the steps since the last report."""
-
-    def __init__(self, step: int, total: int) -> None:
-        self._total = total
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Begin a new interval, after a report or something that is not training."""
-        self._images, self._step, self._last = 0, step, time.monotonic()
-
-    def update(self, step: int, num_images: int) -> dict[str, float] | None:
-        """Count a step; returns numbers to report at most twice a second, and at the end."""
-        self._images += num_images
-        elapsed = time.monotonic() - self._last
-        if elapsed < _PROGRESS_EVERY_S and step < self._total:
-            return None
-        numbers = {
-            "total_steps": float(self._total),
-            "images_per_s": self._images / elapsed if elapsed else 0.0,
-            "eta_s": (self._total - step) * elapsed / (step - self._step),
-        }
-        self.restart(step)
-        return numbers
 
 
 def _headlines(prefix: str, scores: Scores) -> dict[str, float]:

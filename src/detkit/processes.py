@@ -29,6 +29,7 @@ from detkit.environments import made_here, python_command, worker_variables
 from detkit.errors import RunFailed, UsageError, WorkerDied
 from detkit.images import Image
 from detkit.job import Model
+from detkit.ranks import VARIABLES
 from detkit.wire import Client, Exported, Opened, SharedMemory
 
 if TYPE_CHECKING:
@@ -101,17 +102,22 @@ def worker_command(python: str, backend: str, *arguments: str) -> list[str]:
     return python_command(python, "from detkit.worker import run; run()", *arguments, _json(Caller.here(backend)))
 
 
+def worker_environment(python: str) -> dict[str, str]:
+    """Return the environment variables of a new worker: none that torchrun gave this process, none of its leash."""
+    not_its_own = {"DETKIT_LEASH", *VARIABLES}
+    return {name: value for name, value in worker_variables(python).items() if name not in not_its_own}
+
+
 def start_worker(command: Sequence[str], *, leash: bool, **streams: Any) -> subprocess.Popen[bytes]:
     """Start a worker in a process group of its own. With ``leash`` it ends when this process does.
 
     Raises `UsageError` where the command's interpreter cannot be run.
     """
-    variables = {name: value for name, value in worker_variables(command[0]).items() if name != "DETKIT_LEASH"}
     try:
         process = subprocess.Popen(
             list(command),
             stdin=subprocess.PIPE if leash else subprocess.DEVNULL,
-            env={**variables, **({"DETKIT_LEASH": "1"} if leash else {})},
+            env={**worker_environment(command[0]), **({"DETKIT_LEASH": "1"} if leash else {})},
             start_new_session=True,  # Ctrl-C reaches only the controller, which then asks the worker to stop
             **streams,
         )

@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
-from detkit import catalog, plugins, trust
+from detkit import catalog, launching, plugins, trust
 from detkit.backends import Backend
-from detkit.checkpoints import BATCH_SIZE
+from detkit.checkpoints import CHOICES
 from detkit.errors import UnknownName, Unsupported, UsageError
-from detkit.files import file_sha256, place
+from detkit.files import file_sha256, place, place_all
 from detkit.job import Continued, Job, Workspace
 from detkit.params import set_fields
 from detkit.runs import Run
@@ -65,7 +65,7 @@ def go_on(
         for path in run.workspace.checkpoints.rglob("*")
         if path.is_file() and not path.name.startswith(("damaged-", "."))
     ]
-    if all(path.name == BATCH_SIZE for path in kept):  # which states an engine keeps is its own affair
+    if all(path.name in CHOICES for path in kept):  # which states an engine keeps is its own affair
         raise UsageError(
             f"the checkpoints of {run.path} are gone, so nothing can go on from them; start a new run from its "
             f"weights, with weights={os.path.relpath(run.path)}"
@@ -80,7 +80,7 @@ def go_on(
     workspace = Workspace(catalog.new_run_path(job.model, name))
     workspace.create(longer)
     try:
-        _place_all(run.workspace.path / "input/data", workspace.path / "input/data", but={"job"})
+        place_all(run.workspace.path / "input/data", workspace.path / "input/data", but={"job"})
         for path in kept:
             place(path, workspace.checkpoints / path.relative_to(run.workspace.checkpoints), lasting=True)
         _announce(workspace, run, longer, epoch, f"{shown}; the worker " + life(leash))
@@ -109,21 +109,9 @@ def _options(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise UnknownName(f"option of {backend.name}", name, [*known, *LENGTHS])
     checked = msgspec.to_builtins(set_fields(backend.options(), given, kind="option"))
-    return {name: checked[name] for name in given}
-
-
-def _place_all(source: Path, target: Path, but: set[str]) -> None:
-    """Make every file below a folder appear in another, except what is in some of its folders.
-
-    ``source`` may go afterwards: of what lies in it there is a hard link, else a copy. Its symbolic links lead to the
-    user's own images, and stay such.
-    """
-    for folder, folders, files in os.walk(source):
-        if Path(folder) == source:
-            folders[:] = [name for name in folders if name not in but]
-        for name in files:
-            file = Path(folder, name)
-            place(file, target / file.relative_to(source), lasting=not file.is_symlink())
+    new = {name: checked[name] for name in given}
+    launching.check({**job.options, **new})
+    return new
 
 
 def _announce(workspace: Workspace, run: Run, job: Job, epoch: float, rest: str) -> None:

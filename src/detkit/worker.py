@@ -11,6 +11,7 @@ small on purpose: the standard library, numpy, pillow, msgspec and pluggy, on Py
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import multiprocessing
 import os
@@ -35,8 +36,9 @@ from detkit.detections import Detections
 from detkit.errors import DetkitError, Stopped, UsageError, UserCodeFailed
 from detkit.files import lock_file
 from detkit.images import Image
-from detkit.job import Model, Workspace
+from detkit.job import Code, Model, Workspace
 from detkit.processes import HELD_CODE, Caller, end_group
+from detkit.ranks import Place, RankLost, TorchRanks, end_with_the_launcher
 from detkit.wire import Exported, Opened, SharedMemory, serve
 
 _HOLD_TRIES, _HOLD_S = 10, 0.05
@@ -56,16 +58,23 @@ def main(arguments: list[str]) -> int:
 def train(workspace: Workspace, caller: str = "") -> int:
     """Do the job of a run directory. A failure's reason ends up in ``output/failure``, never only in a log.
 
-    Where another worker is at work in it, that one's run stays as it is, and the reason goes to standard error.
+    Where another worker is at work in it, that one's run stays as it is, and the reason goes to standard error. Of
+    several that torchrun started, the first one holds the directory and writes.
     """
+    place = Place.here()
+    if place.launched:
+        end_with_the_launcher()
+        if place.restarts and workspace.failure_file.exists():
+            return 3  # it would fail again
+    workspace.is_silent = place.rank > 0
     try:
-        held = hold(workspace)
+        held = None if workspace.is_silent else hold(workspace)
     except BlockingIOError:
         message = f"another worker is at work in {workspace.path}; wait for its end: `detkit runs attach RUN` shows it"
         print(message, file=sys.stderr)
         return HELD_CODE
     with held or contextlib.nullcontext():
-        return _train(workspace, caller)
+        return _train(workspace, caller, place)
 
 
 def hold(workspace: Workspace) -> IO[bytes] | None:
@@ -77,12 +86,16 @@ def hold(workspace: Workspace) -> IO[bytes] | None:
     return lock_file(workspace.lock)
 
 
-def _train(workspace: Workspace, caller: str) -> int:
+def _train(workspace: Workspace, caller: str, place: Place) -> int:
     def request_stop(signum: int = 0, frame: FrameType | None = None) -> None:
         workspace.stop_requested = True
 
-    signal.signal(signal.SIGTERM, request_stop)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell's background job shall not hear of Ctrl-C
+    def give_up(signum: int, frame: FrameType | None) -> NoReturn:
+        raise RankLost(f"another of the {place.size} processes that train together ended; see the log")
+
+    # torchrun sends SIGTERM where one of the processes is gone, and SIGINT where they are to stop.
+    signal.signal(signal.SIGTERM, give_up if place.launched else request_stop)
+    if place.launched or signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # that of a shell's background job
         signal.signal(signal.SIGINT, request_stop)
     hold_leash(request_stop)
     started = time.time()
@@ -91,14 +104,26 @@ def _train(workspace: Workspace, caller: str) -> int:
             refuse_other_versions(caller)
         job = workspace.job()
         workspace.log("state", {"state": "running", "python": sys.executable})
-        usercode.load(job.code, workspace.code)
+        _load_code(job.engine, job.code, workspace.code)
         trained = load_engine(job.engine).train(job, workspace)
+        if workspace.is_silent:
+            return 0
         workspace.finish(job, trained, started=started)
         forgetting.report(job, workspace)
         workspace.log("state", {"state": "finished"})
     except Stopped:
         workspace.log("state", {"state": "stopped"})
     except BaseException as error:
+        if isinstance(error, RankLost):
+            if workspace.stop_requested:  # so was the other one
+                workspace.log("state", {"state": "stopped"})
+                return 0
+            if not TorchRanks.joined:
+                print(error, file=sys.stderr, flush=True)
+                return 3
+            if place.restarts < place.max_restarts:
+                workspace.log("log", {"message": f"{error}; all start again from the last checkpoint"})
+                return 3
         reason, trace = _reason(error)
         if isinstance(error, UserCodeFailed):
             reason += ". mend it and start a new run; a run keeps the code that it was started with"
@@ -107,6 +132,14 @@ def _train(workspace: Workspace, caller: str) -> int:
             traceback.print_exc()
         return error.exit_code if isinstance(error, DetkitError) else 3
     return 0
+
+
+def _load_code(engine: str, code: Code | None, source: Path | str | None, model: Path | None = None) -> None:
+    """Import the user's own modules, and before them the plugin, which may know where its framework lies."""
+    if code is not None:
+        with contextlib.suppress(ImportError):  # `load_engine` will say so
+            importlib.import_module(engine.partition(":")[0].partition(".")[0])
+    usercode.load(code, source, model=model)
 
 
 def serve_model(path: str, options: str, memory: str, caller: str, code: str = "") -> int:
@@ -122,7 +155,7 @@ def serve_model(path: str, options: str, memory: str, caller: str, code: str = "
     try:
         refuse_other_versions(caller)
         model = Model(path)
-        usercode.load(model.manifest.code, code or None, model=model.path)
+        _load_code(model.manifest.engine, model.manifest.code, code or None, model.path)
         detector = load_engine(model.manifest.engine).load(model, msgspec.json.decode(options, type=PredictOptions))
         opened = Opened(error="")
     except BaseException as error:
@@ -148,7 +181,7 @@ def export_model(path: str, format: str, folder: str, caller: str, code: str = "
     try:
         refuse_other_versions(caller)
         model = Model(path)
-        usercode.load(model.manifest.code, code or None, model=model.path)
+        _load_code(model.manifest.engine, model.manifest.code, code or None, model.path)
         exported = Exported(file=str(load_engine(model.manifest.engine).export(model, format, Path(folder))), error="")
     except BaseException as error:
         traceback.print_exc()
@@ -197,6 +230,8 @@ def hold_leash(let_go: Callable[[], object]) -> None:
 
 def end_at_once() -> None:
     """End this process and all that it started; a leash means that the group is its own."""
+    if Place.here().launched:
+        os.kill(os.getppid(), signal.SIGKILL)  # torchrun would start it again
     end_group(os.getpgrp())
 
 

@@ -20,7 +20,8 @@ def target(boxes: list[list[float]], labels: list[int]) -> dict[str, Tensor]:
 
 
 def choose(boxes: Tensor, truth: dict[str, Tensor], scores: Tensor | None = None) -> Assignment:
-    return assign(torch.full((len(GRID), 3), 0.5) if scores is None else scores, boxes, GRID, truth)
+    scores = torch.full((len(GRID), 3), 0.5) if scores is None else scores
+    return assign(scores[None], boxes[None], GRID, [truth])
 
 
 def test_points_inside_that_fit_best() -> None:
@@ -65,7 +66,29 @@ def test_a_point_learns_the_object_that_it_overlaps_most() -> None:
 
 def test_no_objects() -> None:
     chosen = choose(torch.zeros(64, 4), target([], []))
-    assert [len(part) for part in chosen] == [0, 0, 0]
+    assert [len(part) for part in chosen] == [0, 0, 0, 0]
+
+
+def test_a_batch_is_its_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(3, 64, 2, generator=generator) * 30
+    boxes = torch.cat([corners, corners + 4 + torch.rand(3, 64, 2, generator=generator) * 40], dim=2)
+    scores = torch.rand(3, 64, 3, generator=generator)
+    truths = [
+        target([[0, 0, 40, 40], [5, 5, 11, 11], [0, 0, 64, 30]], [1, 0, 1]),
+        target([], []),
+        target([[20, 8, 60, 60], [20, 8, 60, 61]], [2, 0]),
+    ]
+    whole = assign(scores, boxes, GRID, truths)
+    first_object = 0
+    for image, truth in enumerate(truths):
+        own = assign(scores[image : image + 1], boxes[image : image + 1], GRID, [truth])
+        rows = whole.images == image
+        assert whole.points[rows].tolist() == own.points.tolist()
+        assert (whole.objects[rows] - first_object).tolist() == own.objects.tolist()
+        assert torch.allclose(whole.quality[rows], own.quality, rtol=1e-6)
+        first_object += len(truth["labels"])
+    assert first_object == 5 and len(whole.points)
 
 
 def test_losses_fall_as_predictions_come_nearer() -> None:

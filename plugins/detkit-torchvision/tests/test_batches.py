@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detkit.data import Dataset, Sample
 from detkit.errors import InvalidData
-from detkit.loop import load_ahead
+from detkit.loading import load_ahead
 from detkit.sampling import epoch_order
 from detkit_torchvision.augmentation import Example, augment, copy_paste, mosaic, resized
 from detkit_torchvision.batches import Batch, Inputs, cache_budget, load_batch

@@ -16,11 +16,13 @@ from torch import nn
 import detkit
 from detkit.data import Dataset
 from detkit.errors import InvalidValue, OutOfMemory, UsageError
+from detkit.ranks import Alone
+from detkit_torchvision.batch_sizes import with_batch_size
 from detkit_torchvision.batches import Batch
 from detkit_torchvision.freezing import Frozen, stages
 from detkit_torchvision.memory import free_memory
 from detkit_torchvision.models import MODELS, build
-from detkit_torchvision.training import Training, with_batch_size
+from detkit_torchvision.training import Training
 
 
 @pytest.fixture
@@ -220,13 +222,13 @@ def test_automatic_batch_size(tiny: Dataset, tmp_path: Path, monkeypatch: pytest
     )
     job = make_job("fcos_tiny", many, batch_size="auto")
     workspace = lay_out(tmp_path / "auto", job, many)
-    chosen = with_batch_size(job, workspace)
+    chosen = with_batch_size(job, workspace, Alone())
     assert chosen.params["batch_size"] == 1 << (len(many) // 8).bit_length() - 1
     assert chosen.params | {"batch_size": "auto"} == job.params
     monkeypatch.setattr("detkit_torchvision.memory.free_memory", lambda device: 0)
-    assert with_batch_size(job, workspace).params == chosen.params
+    assert with_batch_size(job, workspace, Alone()).params == chosen.params
     with pytest.raises(OutOfMemory, match="1 images at once at image_size=64 do not fit on cpu"):
-        with_batch_size(job, lay_out(tmp_path / "none", job, many))
+        with_batch_size(job, lay_out(tmp_path / "none", job, many), Alone())
 
 
 def test_what_fits_grows_with_memory_and_shrinks_with_the_picture(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:

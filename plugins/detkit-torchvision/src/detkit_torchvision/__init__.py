@@ -25,6 +25,7 @@ def detkit_backends() -> Iterable[LocalBackend]:
         requires=("torch", "torchvision", "safetensors"),
         resume="exact",
         incremental=True,
+        formats=("onnx", "torchscript"),
         suggestion=suggest,
         translation=translate,
         requirement=require,

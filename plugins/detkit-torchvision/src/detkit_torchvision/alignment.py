@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.models.detection.fcos import FCOS
-from torchvision.ops import box_iou, generalized_box_iou_loss
+from torchvision.ops import generalized_box_iou_loss
 
 POINTS_PER_OBJECT = 13
 SCORE_POWER, IOU_POWER = 1.0, 6.0
@@ -19,12 +20,14 @@ BOX_WEIGHT = 2.0
 
 
 class Assignment(NamedTuple):
-    """Which points of an image learn which object."""
+    """Which points of a batch learn which object, by image and then by point."""
 
+    images: Tensor
+    """``(f,)`` indices of images."""
     points: Tensor
-    """``(f,)`` indices of points."""
+    """``(f,)`` indices of an image's points."""
     objects: Tensor
-    """``(f,)`` the object of each."""
+    """``(f,)`` the object of each, counted through the batch."""
     quality: Tensor
     """``(f,)`` how well it predicts the object beside the object's other points: the class score to reach, 0 to 1."""
 
@@ -48,17 +51,13 @@ class AlignedFCOS(FCOS):  # type: ignore[misc]  # torchvision has no types
             head_outputs[name].float() for name in ("cls_logits", "bbox_regression", "bbox_ctrness")
         )
         boxes = self.head.box_coder.decode(offsets, torch.stack(anchors))
+        points = (anchors[0][:, :2] + anchors[0][:, 2:]) / 2  # those of every image, as a batch has one size
+        chosen = assign(logits.detach().sigmoid(), boxes.detach(), points, targets)
+        where = (chosen.images, chosen.points)
+        labels, true = (torch.cat([target[name] for target in targets])[chosen.objects] for name in ("labels", "boxes"))
+        found, quality = boxes[where], chosen.quality
         wanted = torch.zeros_like(logits)
-        found_boxes, true_boxes, found_ious, qualities = [], [], [], []
-        for index, (target, anchor) in enumerate(zip(targets, anchors, strict=True)):
-            points = (anchor[:, :2] + anchor[:, 2:]) / 2
-            chosen = assign(logits[index].detach().sigmoid(), boxes[index].detach(), points, target)
-            wanted[index, chosen.points, target["labels"][chosen.objects]] = chosen.quality
-            found_boxes.append(boxes[index, chosen.points])
-            true_boxes.append(target["boxes"][chosen.objects])
-            found_ious.append(ious[index, chosen.points, 0])
-            qualities.append(chosen.quality)
-        found, true, quality = torch.cat(found_boxes), torch.cat(true_boxes), torch.cat(qualities)
+        wanted[(*where, labels)] = quality
         total = quality.sum().clamp(min=1.0)
         hardness = (logits.sigmoid() - wanted).abs() ** 2  # quality focal loss: Li et al., 2020, with its beta of 2
         classification = hardness * binary_cross_entropy_with_logits(logits, wanted, reduction="none")
@@ -66,39 +65,52 @@ class AlignedFCOS(FCOS):  # type: ignore[misc]  # torchvision has no types
         return {
             "classification": classification.sum() / total,
             "bbox_regression": BOX_WEIGHT * (quality * generalized_box_iou_loss(found, true)).sum() / total,
-            "bbox_iou": binary_cross_entropy_with_logits(torch.cat(found_ious), overlap, reduction="sum")
+            "bbox_iou": binary_cross_entropy_with_logits(ious[where][:, 0], overlap, reduction="sum")
             / max(1, len(found)),
         }
 
 
 @torch.no_grad()
-def assign(scores: Tensor, boxes: Tensor, points: Tensor, target: dict[str, Tensor]) -> Assignment:
-    """Choose the points that learn each object of an image.
+def assign(scores: Tensor, boxes: Tensor, points: Tensor, targets: Sequence[dict[str, Tensor]]) -> Assignment:
+    """Choose the points that learn each object of a batch.
 
-    ``scores`` are ``(p, classes)`` in 0 to 1, ``boxes`` ``(p, 4)`` xyxy and ``points`` ``(p, 2)`` in pixels. An object
-    that holds no point wants the nearest one; a point that several objects want learns the one that it overlaps most.
+    ``scores`` are ``(b, p, classes)`` in 0 to 1, ``boxes`` ``(b, p, 4)`` xyxy and ``points`` ``(p, 2)`` in pixels. An
+    object that holds no point wants the nearest one; a point that several objects want learns the one that it overlaps
+    most.
     """
-    true, labels = target["boxes"], target["labels"]
-    if not len(true):
-        nothing = torch.zeros(0, dtype=torch.int64, device=boxes.device)
-        return Assignment(nothing, nothing, boxes.new_zeros(0))
-    iou = box_iou(boxes, true)
-    alignment = scores[:, labels] ** SCORE_POWER * iou**IOU_POWER
-    inside = torch.cat([points[:, None] - true[:, :2], true[:, 2:] - points[:, None]], dim=2).amin(dim=2) > 0
-    best = alignment.masked_fill(~inside, -1.0).topk(min(POINTS_PER_OBJECT, len(points)), dim=0)
-    candidate = torch.zeros_like(inside).scatter_(0, best.indices, best.values >= 0)
-    nearest = torch.cdist(points, (true[:, :2] + true[:, 2:]) / 2).argmin(dim=0)
-    candidate[nearest, torch.arange(len(true), device=true.device)] |= ~candidate.any(dim=0)
-    overlap, owner = iou.masked_fill(~candidate, -1.0).max(dim=1)
-    chosen = (overlap >= 0).nonzero()[:, 0]
-    owner, overlap = owner[chosen], overlap[chosen]
-    fit = alignment[chosen, owner]
-    best_fit, best_overlap = (_maximum(values, owner, len(true)) for values in (fit, overlap))
-    return Assignment(chosen, owner, fit / (best_fit[owner] + 1e-9) * best_overlap[owner])
+    num_points, device = len(points), boxes.device
+    true, labels = (torch.cat([target[name] for target in targets]) for name in ("boxes", "labels"))
+    counts = torch.tensor([len(target["labels"]) for target in targets], device=device)
+    image = torch.arange(len(targets), device=device).repeat_interleave(counts)
+    x, y = points[:, 0], points[:, 1]
+    x0, y0, x1, y1 = (side[:, None] for side in true.unbind(1))
+    inside = (x > x0) & (y > y0) & (x < x1) & (y < y1)
+    if len(empty := (~inside.any(dim=1)).nonzero()[:, 0]):
+        inside[empty, torch.cdist((true[empty, :2] + true[empty, 2:]) / 2, points).argmin(dim=1)] = True
+
+    # Only pairs of an object and a point inside it are looked at: a small part of all.
+    pairs = wanting, point = inside.nonzero(as_tuple=True)
+    overlaps = _paired_iou(boxes[image[wanting], point], true[wanting])
+    fits = scores[image[wanting], point, labels[wanting]] ** SCORE_POWER * overlaps**IOU_POWER
+    fit, overlap = (values.new_full(inside.shape, -1.0).index_put_(pairs, values) for values in (fits, overlaps))
+    best = fit.topk(min(POINTS_PER_OBJECT, num_points), dim=1)
+    wanting, rank = (best.values >= 0).nonzero(as_tuple=True)
+    point = best.indices[wanting, rank]
+
+    place = image[wanting] * num_points + point
+    wins = overlap[wanting, point] == _maximum(overlap[wanting, point], place, len(boxes) * num_points)[place]
+    owner = place.new_full((len(boxes) * num_points,), len(true))
+    owner.scatter_reduce_(0, place[wins], wanting[wins], "amin")  # of equal ones the first
+    chosen = (owner < len(true)).nonzero()[:, 0]
+    objects, point = owner[chosen], chosen % num_points
+    fits, overlaps = fit[objects, point], overlap[objects, point]
+    best_fit, best_overlap = (_maximum(values, objects, len(true)) for values in (fits, overlaps))
+    quality = fits / (best_fit[objects] + 1e-9) * best_overlap[objects]
+    return Assignment(chosen // num_points, point, objects, quality)
 
 
 def _maximum(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """Return the largest value of each group, 0 for an empty one."""
+    """Return the largest value of each group, 0 for an empty one; values are at least 0."""
     return values.new_zeros(num_groups).scatter_reduce(0, groups, values, "amax")
 
 

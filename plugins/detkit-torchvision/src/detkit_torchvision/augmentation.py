@@ -1,6 +1,7 @@
 """Random changes to an image and its objects, boxes and masks alike; each draws from a generator that it is given.
 
-Torch's own generator is not used: the threads that load images share it.
+Torch's own generator is not used: the threads that load images share it. Images keep the layout in memory that they are
+decoded in, the colours of a pixel together: resizing, copying and batching them is several times as fast as in planes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Example(NamedTuple):
     """An image and its objects, in its pixels."""
 
     image: Tensor
-    """uint8 ``(3, h, w)``."""
+    """uint8 ``(3, h, w)``, in memory ``(h, w, 3)``."""
     boxes: Boxes
     """float64 ``(n, 4)``, xyxy."""
     labels: Indices
@@ -65,7 +66,7 @@ def mosaic(example: Example, others: Sequence[Example], rng: np.random.Generator
     After Bochkovskiy et al., "YOLOv4" (2020). Others of another size are cut off or padded to that of the first.
     """
     height, width = example.image.shape[-2:]
-    canvas = example.image.new_zeros(3, 2 * height, 2 * width)
+    canvas = _black(2 * height, 2 * width)
     left, top = int(rng.integers(0, width + 1)), int(rng.integers(0, height + 1))
     boxes, labels, masks = [], [], []
     for place, other in enumerate([example, *others]):
@@ -76,9 +77,10 @@ def mosaic(example: Example, others: Sequence[Example], rng: np.random.Generator
         boxes.append(framed.boxes + np.array([x, y, x, y]))
         labels.append(framed.labels)
         if framed.masks is not None:
-            masks.append(_laid(framed.masks, width, height, x - left, y - top))
+            blank = framed.masks.new_zeros(len(framed.masks), height, width)
+            masks.append(_laid(framed.masks, blank, x - left, y - top))
     cut, visible = _cut(np.concatenate(boxes) - np.array([left, top, left, top]), width, height)
-    crop = canvas[:, top : top + height, left : left + width].contiguous()
+    crop = canvas[:, top : top + height, left : left + width]
     return Example(crop, cut, np.concatenate(labels), torch.cat(masks) if masks else None).only(visible)
 
 
@@ -173,15 +175,21 @@ def _iou_crop(example: Example, rng: np.random.Generator) -> Example:
 
 def _frame(example: Example, width: int, height: int, left: int = 0, top: int = 0) -> tuple[Example, NDArray[np.bool_]]:
     """Lay an example at a place into a black frame, cut off outside, and say of which objects enough is left."""
-    masks = None if example.masks is None else _laid(example.masks, width, height, left, top)
+    masks = example.masks
+    if masks is not None:
+        masks = _laid(masks, masks.new_zeros(len(masks), height, width), left, top)
     cut, visible = _cut(example.boxes + np.array([left, top, left, top]), width, height)
-    return Example(_laid(example.image, width, height, left, top), cut, example.labels, masks), visible
+    return Example(_laid(example.image, _black(height, width), left, top), cut, example.labels, masks), visible
 
 
-def _laid(layers: Tensor, width: int, height: int, left: int, top: int) -> Tensor:
-    """Lay ``(n, h, w)`` layers at a place into zeros of another size."""
-    own_height, own_width = layers.shape[-2:]
-    canvas = layers.new_zeros(len(layers), height, width)
+def _black(height: int, width: int) -> Tensor:
+    """Return a black image."""
+    return torch.zeros(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
+
+
+def _laid(layers: Tensor, canvas: Tensor, left: int, top: int) -> Tensor:
+    """Lay ``(n, h, w)`` layers at a place into a canvas of another size."""
+    (own_height, own_width), (height, width) = layers.shape[-2:], canvas.shape[-2:]
     x0, y0, x1, y1 = max(0, left), max(0, top), min(width, left + own_width), min(height, top + own_height)
     if x0 < x1 and y0 < y1:
         canvas[:, y0:y1, x0:x1] = layers[:, y0 - top : y1 - top, x0 - left : x1 - left]

@@ -22,7 +22,9 @@ from detkit.data import Dataset, Indices
 from detkit.errors import InvalidData
 from detkit.images import Image
 from detkit.masks import decode
+from detkit.ranks import Ranks
 from detkit_torchvision.augmentation import Example, augment, copy_paste, mosaic, resized
+from detkit_torchvision.caching import Cache, shared_cache
 from detkit_torchvision.models import MODELS, Targets, final_size
 
 _CACHE_SHARE = 0.25
@@ -60,15 +62,22 @@ def cache_budget() -> int:
 
 
 class Inputs:
-    """The images of a data set at a network's input size, kept in memory once decoded while they fit."""
+    """The images of a data set at a network's input size, kept in memory once decoded while they fit.
 
-    def __init__(self, data: Dataset, model: str, image_size: int, budget: int) -> None:
+    Processes that train together on a machine keep them once for all.
+    """
+
+    def __init__(self, data: Dataset, model: str, image_size: int, budget: int, ranks: Ranks | None = None) -> None:
         """``budget`` is how many bytes of images may be kept; a data set that needs more is decoded every time."""
         self.data = data
         self._has_masks = MODELS[model].masks
         self.sizes = [final_size(model, image_size, int(w), int(h)) for w, h in data.sizes]
         needed = sum(3 * w * h for w, h in self.sizes)
-        self._cache: list[Tensor | None] | None = [None] * len(data) if needed <= budget else None
+        self._cache: Cache | None = [None] * len(data) if needed <= budget else None
+        if ranks is not None and ranks.size > 1:  # machines may differ, and all have to do the same
+            fits, together = ranks.sum([float(needed <= budget), float(ranks.place.local_size > 1)])
+            if together:
+                self._cache = shared_cache(self.sizes, ranks) if fits == ranks.size else None
         self.num_bytes = needed if self._cache is not None else 0
         """What the kept images take in all."""
 
@@ -121,8 +130,12 @@ def load_batch(
     label_offset: int,
     augmentations: Sequence[str],
     scale: float = 1.0,
+    pin: bool = False,
 ) -> Batch:
-    """Return the images of one step, each changed at random by a seed of its own, ``scale`` times the input size."""
+    """Return the images of one step, each changed at random by a seed of its own, ``scale`` times the input size.
+
+    ``pin`` is for a GPU: what lies in pinned memory is copied there while the step before is still taken.
+    """
     images, targets = [], []
     for index, seed in zip(indices, seeds, strict=True):
         rng = np.random.default_rng(seed)
@@ -130,9 +143,11 @@ def load_batch(
         if scale != 1:
             height, width = (max(1, round(side * scale)) for side in example.image.shape[-2:])
             example = resized(example, width, height)
-        images.append(example.image)
+        images.append(example.image.pin_memory() if pin else example.image)
         target = {"boxes": torch.from_numpy(example.boxes).float(), "labels": torch.from_numpy(example.labels)}
-        targets.append(target if example.masks is None else {**target, "masks": example.masks})
+        if example.masks is not None:
+            target["masks"] = example.masks
+        targets.append({name: value.pin_memory() for name, value in target.items()} if pin else target)
     return Batch(images, targets, list(indices))
 
 

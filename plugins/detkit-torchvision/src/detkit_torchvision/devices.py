@@ -5,11 +5,22 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from detkit.errors import UsageError
+
+CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
+"""Layouts of images and of what is made of them: by pixels, as torch calls it, and in planes."""
+
+_BUSY = 0.75
+"""Share of the cores that others may have before a step is slowed down."""
+
+_FORMATS = {CHANNELS_LAST: torch.channels_last, CONTIGUOUS: torch.contiguous_format}
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -35,10 +46,18 @@ def describe_device(device: torch.device) -> str:
     return f"cpu ({platform.processor() or platform.machine()})"
 
 
-def to_device(network: Any, device: torch.device) -> None:
-    """Move a network, in the memory layout that is fastest there."""
-    network.to(device, memory_format=torch.channels_last)
-    network.transform.channels_last = True
+def to_device(network: Any, device: torch.device, layout: str = CHANNELS_LAST) -> None:
+    """Move a network, in a layout of its tensors in memory; the default is the fastest nearly everywhere."""
+    network.to(device, memory_format=_FORMATS[layout])
+    network.transform.channels_last = layout == CHANNELS_LAST
+
+
+def compile_backbone(network: Any) -> None:
+    """Compile a network's backbone, whose weights keep their names. Raises `UsageError` without a C++ compiler."""
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(compiler) is None and shutil.which("clang++") is None:
+        raise UsageError(f"compile=true needs a C++ compiler, and there is no {compiler}; install one, or leave it out")
+    network.backbone.compile()
 
 
 def keep_freed_memory() -> None:
@@ -62,10 +81,19 @@ def use_threads(wanted: int | str) -> str | None:
     if wanted != "auto":
         torch.set_num_threads(int(wanted))
         return None
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if torch.get_num_threads() == 1 or load < 0.75 * cores:
+    if torch.get_num_threads() == 1 or (busy := business()) is None:
         return None
-    return (
-        f"this machine is busy (load {load:.1f} on {cores} cores); one thread may be much faster: --threads 1, "
-        "or DETKIT_THREADS=1 for any command"
-    )
+    return f"{busy}; one thread may be much faster: --threads 1, or DETKIT_THREADS=1 for any command"
+
+
+def business() -> str | None:
+    """Say that others keep this machine's cores busy; None where they do not."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return None if load < _BUSY * cores else f"this machine is busy (load {load:.1f} on {cores} cores)"
+
+
+def describe_processor() -> str:
+    """Return the name of the machine's processor as its maker has it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else []
+    return str(names[0]) if names else platform.processor() or platform.machine()

@@ -125,8 +125,10 @@ class Normalize(nn.Module):
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         device = self.scale.device
         if set(sizes) == {(height, width)}:
-            stacked = images if isinstance(images, Tensor) else torch.stack(list(images))
-            batch = stacked.to(device, torch.float32, non_blocking=True, memory_format=layout)
+            if not isinstance(images, Tensor):  # images are (h, w, 3) in memory, and stay so
+                here = [image.to(device, non_blocking=True).permute(1, 2, 0) for image in images]
+                images = torch.stack(here).permute(0, 3, 1, 2)
+            batch = images.to(device, torch.float32, non_blocking=True, memory_format=layout)
             batch.mul_(self.scale).add_(self.shift)
         else:
             # Padding is 0 after normalisation, as in torchvision: COCO weights were trained with it.

@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 from msgspec import Meta, structs
 from msgspec.structs import replace
 
-from detkit.backends import LocalOptions, ModelSpec, Suggestion
+from detkit.backends import ModelSpec, SeveralOptions, Suggestion
 from detkit.data import Dataset
 from detkit.errors import InvalidValue, WeightsMissing
 from detkit.params import (
-    Amp,
     AnchorRatios,
+    AutoAmp,
     AutoAnchorSizes,
     AutoBatchSize,
     Backbone,
@@ -54,7 +54,7 @@ class TorchvisionParams(LoopParams, frozen=True):
     weight_decay: WeightDecay = 0.02
     gradient_clip: GradientClip | None = 10.0
     ema_decay: EmaDecay | None = None
-    amp: Amp | None = None
+    amp: AutoAmp | None = None
     frozen_stages: FrozenStages = 0
     batch_norm: Annotated[
         Literal["auto", "train", "frozen"],
@@ -89,7 +89,7 @@ class TorchvisionParams(LoopParams, frozen=True):
     ] = None
 
 
-class TorchvisionOptions(LocalOptions, frozen=True, kw_only=True):
+class TorchvisionOptions(SeveralOptions, frozen=True, kw_only=True):
     """Where and how fast."""
 
     threads: Annotated[
@@ -98,6 +98,17 @@ class TorchvisionOptions(LocalOptions, frozen=True, kw_only=True):
             description="threads of a step on a CPU; auto: torch's own, one per core; 1 is far faster on a busy machine"
         ),
     ] = "auto"
+    tune_step: Annotated[
+        Literal["off", "auto"],
+        Meta(
+            description="auto: try before training in which layout and on how many threads a step is fastest; this "
+            "changes the last bits of the results"
+        ),
+    ] = "off"
+    compile: Annotated[
+        bool,
+        Meta(description="compile the backbone (torch.compile): a minute or two at the beginning, for long trainings"),
+    ] = False
 
 
 _STOCK = replace(
@@ -287,7 +298,7 @@ def require(model: str, params: Params) -> None:
         raise WeightsMissing("auto", model, path, "they are not in the cache; weights=coco would fetch them")
 
 
-def require_data(model: str, channels: Mapping[str, Dataset]) -> None:
+def require_data(model: str, params: Params, channels: Mapping[str, Dataset]) -> None:
     """Raise before a run is started for data that a model cannot learn from."""
     if model in MASK_MODELS:
         require_masks(model, channels)

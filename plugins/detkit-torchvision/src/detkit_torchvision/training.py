@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -12,23 +12,27 @@ import msgspec
 import numpy as np
 import torch
 import torchvision
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from detkit.checkpoints import BATCH_SIZE
 from detkit.detections import Detections
 from detkit.errors import InvalidValue, OutOfMemory, UsageError
-from detkit.files import atomic_write, write_json
+from detkit.files import atomic_write
 from detkit.job import Job, Trained, Workspace
-from detkit.loop import Counters, TrainingLoop, load_ahead, loading_threads
+from detkit.loading import load_ahead, loading_threads
+from detkit.loop import Counters, TrainingLoop
+from detkit.ranks import Ranks
 from detkit.scores import SCORE_FLOOR, Scores, score
 from detkit_torchvision.batches import Batch, Inputs, cache_budget, load_batch
 from detkit_torchvision.detector import TorchvisionDetector
-from detkit_torchvision.devices import choose_device, describe_device, to_device, use_threads
+from detkit_torchvision.devices import compile_backbone, describe_device, to_device, use_threads
+from detkit_torchvision.distributed import Shared, average_statistics, device_of, merged, summed, threads_of
 from detkit_torchvision.freezing import Frozen, train_without_statistics
 from detkit_torchvision.memory import how_many, is_out_of_memory, kept_for_backward
 from detkit_torchvision.models import MODELS, build, chosen_architecture, input_size
 from detkit_torchvision.modify import modified
+from detkit_torchvision.optimizers import Averaging, load_optimizer, make_optimizer
+from detkit_torchvision.probing import Way, choose_way, default_way
 from detkit_torchvision.weights import ARTIFACT, initialise
 
 ResultT = TypeVar("ResultT")
@@ -41,36 +45,24 @@ MOSAIC_UNTIL = 0.75
 _SIZE_STEP = 32
 """Pixels between two sizes that ``multi_scale`` trains at."""
 
-LARGEST_AUTO_BATCH = 64
-"""What ``batch_size=auto`` chooses at most."""
-
-_LEAST_STEPS = 8
-"""Steps of an epoch that it leaves at least."""
-
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "rmsprop": torch.optim.RMSprop,
-    "adadelta": torch.optim.Adadelta,
-}
-"""Those without momentum of their own choosing."""
 
 
 class Training(TrainingLoop[Batch]):
     """One training run, from the job to the artifact; `run` reads top to bottom."""
 
-    def __init__(self, job: Job, workspace: Workspace) -> None:
-        super().__init__(job, workspace)
-        self.device = choose_device(job.options["device"])
+    def __init__(self, job: Job, workspace: Workspace, ranks: Ranks | None = None) -> None:
+        self.device = device_of(job)
+        synchronise = functools.partial(torch.cuda.synchronize, self.device) if self.device.type == "cuda" else None
+        super().__init__(job, workspace, ranks, synchronise)
         if self.device.type == "cpu":
-            if (warning := use_threads(job.options["threads"])) is not None:
+            if (warning := use_threads(threads_of(job, self.ranks.place))) is not None:
                 self.say(warning)
             torch.use_deterministic_algorithms(True, warn_only=True)
             # Costs 4 times the step and changes no result.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        if self.params["amp"] == "fp16" and self.device.type == "cpu":
+        self.way = default_way(self.params["amp"], self.device)
+        if self.way.amp == "fp16" and self.device.type == "cpu":
             raise UsageError("amp=fp16 needs a GPU; on a CPU choose amp=bf16 or none")
         self.spec = MODELS[job.model]
         self.image_size = input_size(self.params["image_size"], job.model, self.data)
@@ -89,7 +81,7 @@ class Training(TrainingLoop[Batch]):
             architecture=self.architecture,
         )
         self.network = modified(self.network, self.params.get("modify"), job.model, len(job.classes))
-        self.inputs = Inputs(self.data, job.model, self.image_size, cache_budget())
+        self.inputs = Inputs(self.data, job.model, self.image_size, cache_budget(), self.ranks)
         self.steps_left_out = 0
         """Steps of this process that were not taken, as half precision gave no gradients."""
 
@@ -105,17 +97,32 @@ class Training(TrainingLoop[Batch]):
         self.validation = self._inputs("validation", budget)
         self.test = self._inputs("test", budget - (self.validation.num_bytes if self.validation else 0))
         if not self.resumes:
-            self.origin = initialise(self.network, self.job, self.workspace, self.architecture)
+            for first in (True, False):  # which may fetch weights for all
+                if first == (self.ranks.rank == 0):
+                    self.origin = initialise(self.network, self.job, self.workspace, self.architecture)
+                self.ranks.sum([0.0])
             self.tell_origin()
             self._tell_architecture()
         to_device(self.network, self.device)
         self.frozen = Frozen(self.network, num_stages=self.params["frozen_stages"], norms=self._freezes_norms())
-        self.optimizer = self._make_optimizer()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.params["amp"] == "fp16")
+        self.optimizer = make_optimizer(self.network, self.params, self.peak_learning_rate)
+        self.way = choose_way(self, self._losses)
+        torch.set_num_threads(self.way.threads)
+        to_device(self.network, self.device, self.way.layout)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.way.amp == "fp16")
         self.average = copy.deepcopy(self.network) if self.params["ema_decay"] else None
         """The moving average of the weights, which is what is scored and kept; None where there is none."""
+        self._averaging = None if self.average is None else Averaging(self.average, self.network)
         if self.resumes:
             self.resume()
+        if self.job.options["compile"]:
+            compile_backbone(self.network)
+        self.shared = Shared(
+            self.network,
+            self.ranks,
+            self.job.options["compress_gradients"],
+            may_be_unused=self.params.get("modify") is not None,
+        )
 
     @property
     def scored(self) -> Any:
@@ -124,7 +131,8 @@ class Training(TrainingLoop[Batch]):
 
     def batches(self) -> Iterator[Batch]:
         def load(step: int) -> Batch:
-            indices = self.batch_indices(step)
+            batch = self.batch_indices(step)
+            indices = [batch[row] for rows, _ in self._shares(step) for row in rows]
             return load_batch(
                 self.inputs,
                 indices,
@@ -132,6 +140,7 @@ class Training(TrainingLoop[Batch]):
                 label_offset=self.spec.label_offset,
                 augmentations=[name for name in self.params["augmentations"] if name != "mosaic" or step < late],
                 scale=self._scale(step),
+                pin=self.device.type == "cuda",
             )
 
         late = MOSAIC_UNTIL * self.total_steps
@@ -146,61 +155,71 @@ class Training(TrainingLoop[Batch]):
         self.network.train()
         self.frozen.keep()
         parts = self._explained(lambda: self._backward(batch))
-        self._explained(self._optimize)
-        self._update_average()
+        with self.clock.part("optimizer", on_device=True):
+            self._explained(self._optimize)
+            self._update_average()
         return parts
+
+    def _shares(self, step: int) -> list[tuple[list[int], float]]:
+        """Return the rows of a step's batch that this process has in each pass, and their share of the batch."""
+        num_images = len(self.batch_indices(step))
+        return self.ranks.shares(num_images, min(self.params["grad_accumulation"], num_images))
 
     def _backward(self, batch: Batch) -> dict[str, float]:
         """Leave the gradients of a batch, taken in one or more passes; return the loss and its parts."""
         self.optimizer.zero_grad()
-        num_passes = min(self.params["grad_accumulation"], len(batch.indices))
+        shares = self._shares(self.step)
         sums: dict[str, float] = {}
-        for rows in np.array_split(np.arange(len(batch.indices)), num_passes):
-            losses = self._losses(self.network, batch, rows)
-            parts = torch.stack(list(losses.values())) * (len(rows) / len(batch.indices))
-            total = parts.sum()
-            for name, value in zip(["loss", *losses], torch.cat([total[None], parts]).tolist(), strict=True):
-                sums[name] = sums.get(name, 0.0) + value
-            self.check_finite(sums, batch.indices)
-            self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        start = 0
+        for number, (own, share) in enumerate(shares, 1):
+            rows = range(start, start + len(own))
+            start += len(own)
+            with self.shared.last_pass(number == len(shares)):
+                with self.clock.part("forward", on_device=True):
+                    losses = self._losses(self.shared, batch, rows)
+                    parts = torch.stack(list(losses.values())) * share
+                    total = parts.sum()
+                    found = dict(zip(["loss", *losses], torch.cat([total[None], parts]).tolist(), strict=True))
+                for name, value in self.agree(found).items():
+                    sums[name] = sums.get(name, 0.0) + value
+                self.check_finite(sums, self.batch_indices(self.step))
+                with self.clock.part("backward", on_device=True):
+                    # Of several processes' gradients the mean is taken.
+                    self.scaler.scale(total * self.ranks.size).backward()  # type: ignore[no-untyped-call]
         return sums
 
     def _optimize(self) -> None:
         """Take a step along the gradients.
 
         In half precision it is left out where they are not finite: `torch.amp.GradScaler` does so for fp16, and on CPUs
-        torch's own kernels now and then return gradients of bf16 that are none.
+        torch's own kernels now and then return gradients of bf16 that are none. Compressed ones may be too large.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.params["gradient_clip"] or float("inf"))
-        if self.params["amp"] == "bf16" and not norm.isfinite():
+        half = "bf16" if self.way.amp == "bf16" else self.job.options["compress_gradients"]
+        if half != "none" and not norm.isfinite():
             self.steps_left_out += 1
-            self.say(f"step {self.step + 1} was left out, as bf16 gave gradients that are not finite")
+            self.say(f"step {self.step + 1} was left out, as {half} gave gradients that are not finite")
             return
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def _losses(self, network: Any, batch: Batch, rows: Any) -> dict[str, Tensor]:
+    def _losses(self, network: Any, batch: Batch, rows: Any, way: Way | None = None) -> dict[str, Tensor]:
         """Return the parts of the loss of some of a batch's images, as one mean over them."""
         images = [batch.images[row] for row in rows]
-        targets = [{name: value.to(self.device) for name, value in batch.targets[row].items()} for row in rows]
-        dtype = AMP_DTYPES.get(self.params["amp"])
+        targets = [
+            {name: value.to(self.device, non_blocking=True) for name, value in batch.targets[row].items()}
+            for row in rows
+        ]
+        dtype = AMP_DTYPES.get((way or self.way).amp or "none")
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             losses: dict[str, Tensor] = network(images, targets)
         return {name: value.float() for name, value in losses.items()}
 
-    @torch.no_grad()
     def _update_average(self) -> None:
         """Move the average towards the weights: at first fast, as it began with weights that had learned nothing."""
-        if self.average is None:
-            return
-        decay = min(self.params["ema_decay"], (1 + self.step) / (10 + self.step))
-        own = self.network.state_dict()
-        for name, kept in self.average.state_dict().items():
-            if kept.dtype.is_floating_point:
-                kept.lerp_(own[name], 1 - decay)
-            else:
-                kept.copy_(own[name])
+        if self._averaging is not None:
+            self._averaging.move(1 - min(self.params["ema_decay"], (1 + self.step) / (10 + self.step)))
 
     def validate(self) -> Scores | None:
         if self.validation is None:
@@ -223,19 +242,25 @@ class Training(TrainingLoop[Batch]):
             losses = self._explained(functools.partial(self._losses, network, batch, range(len(chosen))))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(chosen) / len(inputs.data)
+        sums = summed(sums, self.ranks)
         return {"loss": sum(sums.values()), **sums}
 
     def _passes(self, inputs: Inputs) -> Iterator[range]:
-        """Yield the images of each pass over a channel: no more at once than one of training has."""
+        """Yield the images of each pass over a channel that is this process's: no more at once than one of training."""
+        for chosen in self._own_passes(len(inputs.data)):
+            if self.ranks.size == 1:  # others would wait for this one's part
+                self.workspace.raise_if_stopped()
+            yield chosen
+
+    def _own_passes(self, num_images: int) -> list[range]:
         size = min(PREDICT_BATCH, self.images_per_pass)
-        for start in range(0, len(inputs.data), size):
-            self.workspace.raise_if_stopped()
-            yield range(start, min(start + size, len(inputs.data)))
+        passes = [range(start, min(start + size, num_images)) for start in range(0, num_images, size)]
+        return [passes[number] for number in self.ranks.mine(len(passes))]
 
     @property
     def images_per_pass(self) -> int:
         """The most images that are on the device at once."""
-        return -(-int(self.params["batch_size"]) // int(self.params["grad_accumulation"]))
+        return -(-int(self.params["batch_size"]) // (int(self.params["grad_accumulation"]) * self.ranks.size))
 
     def snapshot(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.scored.state_dict().items()}
@@ -256,24 +281,30 @@ class Training(TrainingLoop[Batch]):
         self.network.load_state_dict(saved["network"])
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         return msgspec.convert(saved["counters"], Counters), saved["best"]
 
-    def _score(self, inputs: Inputs) -> Scores:
+    def share_statistics(self) -> None:
+        average_statistics([self.network, self.average], self.ranks)
+
+    def _score(self, inputs: Inputs) -> Scores | None:
+        """Score a channel, of which each process looks at its own images; the first has the scores."""
         detector = TorchvisionDetector(self.scored, self.job.model, self.job.classes, self.image_size)
-        found: list[Detections] = []
+        own: dict[int, Detections] = {}
         for chosen in self._passes(inputs):
-            sizes = [(int(w), int(h)) for w, h in inputs.data.sizes[chosen.start : chosen.stop]]
-            found += detector.detect_inputs([inputs.image(i) for i in chosen], sizes)
+            sizes = [(int(w), int(h)) for w, h in inputs.data.sizes[list(chosen)]]
+            own |= zip(chosen, detector.detect_inputs([inputs.image(i) for i in chosen], sizes), strict=True)
+        found = merged(own, self.ranks, self.job.classes)
+        if self.ranks.rank > 0:
+            return None
         return score(inputs.data, found, max_detections=self.params["max_detections"], score_floor=SCORE_FLOOR)
 
     def _finish(self) -> Trained:
-        if self.best.state is not None:
-            self.scored.load_state_dict(self.best.state)
-        state = {name: value.detach().cpu().contiguous() for name, value in self.scored.state_dict().items()}
-        with atomic_write(self.workspace.model / ARTIFACT) as file:
-            file.write(save(state))
+        self._take_best()
+        if self.ranks.rank == 0:
+            with atomic_write(self.workspace.model / ARTIFACT) as file:
+                file.write(save(_contiguous(self.scored.state_dict())))
         metrics = self.final_metrics(None if self.test is None else self._score(self.test))
         return Trained(
             native={
@@ -285,26 +316,40 @@ class Training(TrainingLoop[Batch]):
                 "total_steps": self.total_steps,
                 "steps_per_epoch": self.steps_per_epoch,
                 "warmup_steps": self.warmup_steps,
-                "optimizer": type(self.optimizer).__name__,
+                **self._told_to_optimizer(),
+                "step": msgspec.to_builtins(self.way),
             },
             weights=self.origin,
             metrics=metrics,
             score_threshold=self.best.score_threshold,
             max_detections=self.params["max_detections"],
             versions={"torch": str(torch.__version__), "torchvision": torchvision.__version__},
-            hardware={"device": describe_device(self.device), "threads": str(torch.get_num_threads())},
+            hardware={
+                "device": describe_device(self.device),
+                "threads": str(torch.get_num_threads()),
+                "processes": str(self.ranks.size),
+            },
+            timings=self._timings(),
         )
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        trainable = [p for p in self.network.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": self.params["weight_decay"]},
-            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        rate, name = self.peak_learning_rate, self.params["optimizer"]
-        if name == "sgd":
-            return torch.optim.SGD(groups, lr=rate, momentum=self.params["momentum"])
-        return OPTIMIZERS[name](groups, lr=rate)
+    def _told_to_optimizer(self) -> dict[str, Any]:
+        """Return what torch's own object says, under the names of the parameters, for whoever compares the two."""
+        told = self.optimizer.defaults | self.optimizer.param_groups[0]
+        names = ["weight_decay", *(["momentum"] if self.params["optimizer"] == "sgd" else [])]
+        if self.params["lr_batch_size"] is None:  # else it is another one than the parameter says
+            names.append("learning_rate")
+            told["learning_rate"] = self.optimizer.defaults["lr"]
+        return {"optimizer": type(self.optimizer).__name__, **{name: told[name] for name in names}}
+
+    def _take_best(self) -> None:
+        """Put the best weights into the network that is scored; the first process knows them."""
+        best = self.best.state
+        if self.ranks.size > 1:
+            if not self.ranks.sum([float(best is not None)])[0]:
+                return
+            best = load(self.ranks.broadcast(save(_contiguous(best)) if self.ranks.rank == 0 else b""))
+        if best is not None:
+            self.scored.load_state_dict(best)
 
     def _freezes_norms(self) -> bool:
         """Whether batch norms keep their statistics; by default where torchvision's own recipe for the model does."""
@@ -333,7 +378,8 @@ class Training(TrainingLoop[Batch]):
     def _explained(self, do: Callable[[], ResultT]) -> ResultT:
         """Do it; raise `OutOfMemory`, which says what would fit, in place of what torch raises."""
         try:
-            return do()
+            with self.ranks.lost():
+                return do()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -364,36 +410,16 @@ class Training(TrainingLoop[Batch]):
         data = self.workspace.dataset(channel)
         if data is None or len(data) == 0:
             return None
-        inputs = Inputs(data, self.job.model, self.image_size, budget)
-        for index in range(len(data)):
-            self.workspace.raise_if_stopped()
+        inputs = Inputs(data, self.job.model, self.image_size, budget, self.ranks)
+        for index in (index for chosen in self._passes(inputs) for index in chosen):
             inputs.image(index)
         return inputs
 
-
-def with_batch_size(job: Job, workspace: Workspace) -> Job:
-    """Return the job with a number where ``batch_size`` is ``auto``; the same one again where the run goes on.
-
-    It is a power of two, of which an epoch has at least 8. Raises `OutOfMemory` where not one image fits.
-    """
-    if job.params["batch_size"] != "auto":
-        return job
-    chosen = workspace.checkpoints / BATCH_SIZE
-    if chosen.is_file():
-        return _with_batches_of(job, msgspec.json.decode(chosen.read_bytes(), type=int))
-    probe = Training(_with_batches_of(job, 1), workspace)
-    to_device(probe.network, probe.device)
-    fits, device = probe.images_that_fit(), describe_device(probe.device)
-    if not fits:
-        advice = f"choose an image_size below {probe.image_size}, a lighter model, or free memory"
-        raise OutOfMemory(1, probe.image_size, device, advice)
-    most = max(1, min(fits * job.params["grad_accumulation"], LARGEST_AUTO_BATCH, len(probe.data) // _LEAST_STEPS))
-    size = 1 << (most.bit_length() - 1)
-    write_json(chosen, size)
-    message = f"batch_size {size}: about {fits} images of {probe.image_size} pixels fit on {device}"
-    workspace.log("log", {"message": message})
-    return _with_batches_of(job, size)
+    def _timings(self) -> dict[str, float]:
+        self.clock.move("backward", "communication", self.shared.waited_s(self.clock.steps))
+        return self.report_times(self.shared.bytes_per_step)
 
 
-def _with_batches_of(job: Job, size: int) -> Job:
-    return msgspec.structs.replace(job, params={**job.params, "batch_size": size})
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights as `save` takes them."""
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}

@@ -1,0 +1,193 @@
+"""Which way of taking a step is fastest here: a few steps in each way, by turns, before training begins.
+
+Ways differ in what changes the last bits of a result and nothing else, and in its precision where that may be chosen.
+A way is kept beside the checkpoints, so that a run that goes on does so in the same way, and in
+``$DETKIT_CACHE/steps``, by default under ``~/.cache/detkit``, for the next run of its kind on this machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgspec
+import torch
+import torchvision
+
+from detkit.checkpoints import STEP
+from detkit.errors import StorageError
+from detkit.files import cache_folder, write_json
+from detkit_torchvision.devices import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    business,
+    describe_device,
+    describe_processor,
+    to_device,
+)
+
+if TYPE_CHECKING:
+    from detkit_torchvision.batches import Batch
+    from detkit_torchvision.training import Training
+
+ROUNDS = 3
+"""Timed steps in each way; one more before them is not timed."""
+
+LEAST_GAIN = 0.05
+"""Share of the time that another way must save: less lies within the noise of so few steps."""
+
+
+class Way(msgspec.Struct, frozen=True):
+    """How a step is taken."""
+
+    layout: str
+    """`CHANNELS_LAST` or `CONTIGUOUS`."""
+    threads: int
+    amp: str | None
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.layout}, {threads}, {self.amp or 'float32'}"
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """The way that was fastest, and how many times as fast as the default."""
+
+    way: Way
+    speedup: float
+
+
+def default_way(amp: str | None, device: torch.device) -> Way:
+    """Return the way of a run that measures nothing; ``amp=auto`` is bf16 on GPUs that have it."""
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return Way(CHANNELS_LAST, torch.get_num_threads(), amp)
+
+
+Losses: TypeAlias = "Callable[[Any, Batch, range, Way], Mapping[str, torch.Tensor]]"
+"""Gives the losses of a network on some rows of a batch, taken in a way."""
+
+
+def choose_way(training: Training, losses: Losses) -> Way:
+    """Return the way in which a run is to take its steps, and say so where it was asked to measure.
+
+    Nothing of the run is changed: not its weights and statistics, and not torch's random numbers.
+    """
+    options, default = training.job.options, training.way
+    kept = training.workspace.checkpoints / STEP
+    whole = training.ranks.broadcast(kept.read_bytes() if training.ranks.rank == 0 and kept.is_file() else b"")
+    if whole:
+        way = msgspec.json.decode(whole, type=Way)
+        keeps_threads = options["threads"] == "auto" and training.ranks.size == 1
+        return way if keeps_threads else msgspec.structs.replace(way, threads=default.threads)
+    if options["tune_step"] == "off" or training.resumes:
+        return default
+    reason = "several processes take it" if training.ranks.size > 1 else business()
+    if reason is not None:
+        training.say(f"tune_step=auto measures nothing, as {reason}; a step is taken as by default: {default}")
+        return default
+    known = _known(training)
+    choice = None if known is None else _read(known)
+    told = "measured before"
+    if choice is None:
+        choice, told = _measured(training, losses), "measured now"
+        if known is not None:
+            _keep(known, choice)
+    write_json(kept, choice.way)
+    gain = "nothing else was faster" if choice.way == default else f"{choice.speedup:.2f} times as fast as {default}"
+    training.say(f"tune_step=auto: {choice.way}; {gain}, {told}")
+    return choice.way
+
+
+def fastest(default: Way, axes: Mapping[str, Sequence[Any]], take: Callable[[Way], object]) -> Choice:
+    """Return the fastest way, looked for along one axis after the other.
+
+    ``axes`` are the values that each of a way's fields may have; ``take`` takes a step.
+    """
+    best, speedup = default, 1.0
+    for name, values in axes.items():
+        ways = [best, *(msgspec.structs.replace(best, **{name: value}) for value in values)]
+        ways = list(dict.fromkeys(ways))
+        seconds: dict[Way, list[float]] = {way: [] for way in ways}
+        for way in ways:
+            take(way)
+        for _ in range(ROUNDS):
+            for way in ways:
+                started = time.perf_counter()
+                take(way)
+                seconds[way].append(time.perf_counter() - started)
+        medians = {way: statistics.median(one) for way, one in seconds.items()}
+        quickest = min(ways, key=medians.__getitem__)
+        if medians[quickest] <= (1 - LEAST_GAIN) * medians[best]:
+            best, speedup = quickest, speedup * medians[best] / medians[quickest]
+    return Choice(best, speedup)
+
+
+def _measured(training: Training, losses: Losses) -> Choice:
+    device, default = training.device, training.way
+    batch = next(training.batches())
+    rows = range(min(training.images_per_pass, len(batch.indices)))
+    training.network.train()
+    training.frozen.keep()
+    copies: dict[str, Any] = {}
+    for layout in (CHANNELS_LAST, CONTIGUOUS):
+        copies[layout] = copy.deepcopy(training.network)
+        to_device(copies[layout], device, layout)
+
+    def step(way: Way) -> None:
+        torch.set_num_threads(way.threads)
+        torch.manual_seed(training.step_seed())  # two-stage detectors sample what they learn from
+        network = copies[way.layout]
+        torch.stack(list(losses(network, batch, rows, way).values())).sum().backward()  # type: ignore[no-untyped-call]
+        network.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return fastest(default, _axes(training), step)
+    finally:
+        torch.set_num_threads(default.threads)
+
+
+def _axes(training: Training) -> dict[str, Sequence[Any]]:
+    axes: dict[str, Sequence[Any]] = {"layout": (CHANNELS_LAST, CONTIGUOUS)}
+    if training.device.type == "cpu" and training.job.options["threads"] == "auto":
+        axes["threads"] = sorted({1, max(1, training.way.threads // 2), training.way.threads})
+    if training.params["amp"] == "auto":
+        axes["amp"] = (None, "bf16")
+    return axes
+
+
+def _known(training: Training) -> Path | None:
+    """Return the file for the choice of runs like this one; None where none is kept."""
+    folder = cache_folder()
+    if folder is None or training.params.get("modify") is not None:  # whose code may change
+        return None
+    key = [
+        *(training.job.model, len(training.job.classes), training.image_size, training.images_per_pass),
+        *(training.architecture.native(), training.params["frozen_stages"], training.params["batch_norm"]),
+        *(_axes(training), msgspec.to_builtins(training.way)),
+        *(describe_device(training.device), describe_processor(), str(torch.__version__), torchvision.__version__),
+    ]
+    return folder / "steps" / f"{hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:40]}.json"
+
+
+def _read(file: Path) -> Choice | None:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Choice)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _keep(file: Path, choice: Choice) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(file, choice)
+    except (OSError, StorageError):
+        return  # a full disk: it is measured again

@@ -1,0 +1,125 @@
+"""Several processes for one training: what their options mean, `detkit.backends.SeveralOptions`, to torchrun.
+
+With the options of one machine, torchrun's own rendezvous on a free port is used. On several machines each runs the
+same command; the run directory has to lie where all of them see it, and rank 0 may be on any of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from detkit.environments import python_command
+from detkit.errors import InvalidValue, UsageError
+from detkit.ranks import LAUNCHER
+
+MEETING = ".rendezvous"
+"""File in a run directory where the processes of one machine meet."""
+
+_GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Devices of NVIDIA's and AMD's drivers, and of either in WSL."""
+
+_TORCHRUN = "from detkit.launching import launch; launch()"
+
+_GRACE_S = 120
+"""How long workers may take to end when torchrun asks them to."""
+
+
+def launch() -> None:
+    """Be torchrun, with the arguments of this process; SIGTERM asks its workers to stop, as SIGINT does.
+
+    By itself torchrun would pass SIGTERM on, which is also what it sends to those that are left when one is lost. Where
+    ``DETKIT_LEASH`` is set they are asked to stop when standard input ends, too, which they share.
+    """
+    from torch.distributed import run
+
+    own = {option for action in run.get_args_parser()._actions for option in action.option_strings}
+    given = ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"] if "--signals-to-handle" in own else []
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_GRACE_S)
+    os.environ[LAUNCHER] = str(os.getpid())
+
+    def stop(*_signal: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    if os.environ.get("DETKIT_LEASH") == "1":
+        threading.Thread(target=watch, daemon=True, name="leash").start()
+    run.main([*given, *sys.argv[1:]])
+
+
+def launches(options: Mapping[str, Any]) -> bool:
+    """Return whether a job's options ask for more than one process."""
+    gpus = options.get("gpus")
+    return gpus not in (None, 1) or options.get("processes", 1) > 1 or options.get("nodes", 1) > 1
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for options that contradict each other."""
+    if "processes" not in options:
+        return
+    gpus, processes, nodes, meeting = (options[name] for name in ("gpus", "processes", "nodes", "rendezvous"))
+    device = str(options.get("device", "auto"))
+    if gpus is not None and processes > 1:
+        raise UsageError(f"gpus={gpus} and processes={processes}: a process trains on each GPU; leave processes out")
+    if gpus is not None and device != "auto":
+        raise UsageError(f"gpus={gpus} and device={device!r}: each process takes a GPU; leave device out")
+    if processes > 1 and device not in {"auto", "cpu"}:
+        raise UsageError(f"processes={processes} train on the CPU, not on device={device!r}; say gpus=")
+    if nodes > 1 and not meeting:
+        raise UsageError(
+            f"nodes={nodes} machines need a place to meet: rendezvous=HOST:PORT, one of them and a free port"
+        )
+    if meeting and nodes == 1:
+        raise UsageError(f"rendezvous={meeting!r} is for several machines; say how many with nodes=")
+    if gpus is not None and not any(Path(place).exists() for place in _GPUS):
+        raise UsageError(
+            f"gpus={gpus}: this machine has no GPU; train on its CPU, with processes= in several processes"
+        )
+    host, colon, port = meeting.rpartition(":")
+    if meeting and not (host and colon and port.isdigit()):
+        raise InvalidValue("rendezvous", meeting, "HOST:PORT, such as node0:29400")
+
+
+class Machine(NamedTuple):
+    """Which of several machines this is, where a platform has numbered them and the first one is known."""
+
+    rank: int
+    address: str
+    """Of the first one."""
+    port: int
+
+
+def command(
+    python: str, worker: Sequence[str], options: Mapping[str, Any], run: Path, machine: Machine | None = None
+) -> list[str]:
+    """Return the command that lets torchrun start workers in a run directory.
+
+    It is the same on each machine, and ranks go to them as they come, unless ``machine`` says which one this is. On one
+    machine they meet in a file in the run directory and not at a port, as torchrun unpickles what it finds there.
+    """
+    nodes, gpus = options["nodes"], options["gpus"]
+    found = {
+        "nnodes": nodes,
+        "nproc-per-node": {"all": "gpu", None: options["processes"]}.get(gpus, gpus),
+        "max-restarts": options["max_restarts"] if nodes == 1 else 0,  # machines count on their own
+    }
+    if machine is not None:
+        found |= {"node-rank": machine.rank, "master-addr": machine.address, "master-port": machine.port}
+    elif nodes > 1:
+        found |= {"rdzv-backend": "c10d", "rdzv-endpoint": options["rendezvous"], "rdzv-id": run.name}
+    else:
+        place = run / MEETING
+        place.unlink(missing_ok=True)
+        found |= {"rdzv-backend": "c10d", "rdzv-endpoint": place, "rdzv-conf": "store_type=file", "rdzv-id": run.name}
+    said = [f"--{name}={value}" for name, value in found.items()]
+    return python_command(python, _TORCHRUN, *said, "--no-python", *worker)
