@@ -694,3 +694,106 @@ def test_plugin_of_no_distribution(fresh_plugins: None) -> None:
     with pytest.raises(PluginError, match="belongs to no distribution"):
         plugins.distribution_of("made-up")
     assert plugins.distribution_of("echo") == "detkit-echo"
+
+
+LANDLORD = """
+from detkit.backends import LocalBackend, ModelSpec
+from detkit.distributions import Distribution
+from detkit.environments import Environment
+from detkit.errors import UsageError
+from detkit.hookspecs import hookimpl
+from detkit.params import Params
+
+def pack(path):
+    file = path / "manor.py"
+    if not file.is_file():
+        raise UsageError(f"--source names {{path}}, which is no checkout of the manor")
+    metadata = b"Metadata-Version: 2.1\\nName: manor\\nVersion: 3.0\\n"
+    return Distribution(name="manor", version="3.0", files={{"manor.py": file}}, metadata={{"METADATA": metadata}})
+
+@hookimpl
+def detkit_backends():
+    return [
+        LocalBackend(
+            name="landlord", summary="", engine="detkit_landlord.engine:Landlord", requires=("manor", "detkit_porter"),
+            models={{"small": ModelSpec(params=Params(), summary="")}}, install="nothing",
+            environment=Environment(requirements=({borrowed!r},), pythons=({minor!r},), checkout=pack),
+        )
+    ]
+"""
+
+
+@pytest.fixture
+def manor(tmp_path: Path) -> House:
+    """A plugin that builds on another one, and whose framework no registry has."""
+    packages = {str(Path(str(module.__file__)).parents[1]) for module in (numpy, PIL, msgspec, pluggy)}
+    borrowed = write_wheel(tmp_path, "borrowed", {"borrowed.pth": "\n".join(sorted(packages)) + "\n"})
+    text = LANDLORD.format(borrowed=f"borrowed @ {borrowed.as_uri()}", minor=MINOR)
+    engine = "import detkit_porter, manor\n" + ENGINE.replace("Lodger", "Landlord")
+    info = "detkit_landlord-1.0.dist-info"
+    wheels = [
+        write_wheel(
+            tmp_path,
+            "detkit_landlord",
+            {
+                "detkit_landlord/__init__.py": text,
+                "detkit_landlord/engine.py": engine,
+                f"{info}/entry_points.txt": "[detkit]\nlandlord = detkit_landlord\n",
+            },
+        ),
+        write_wheel(
+            tmp_path,
+            "detkit_porter",
+            {
+                "detkit_porter/__init__.py": "__version__ = '1.0'\n",
+                "detkit_porter-1.0.dist-info/entry_points.txt": "[detkit]\nporter = detkit_porter\n",
+            },
+        ),
+    ]
+    pip_install(tmp_path / "site", *wheels)
+    requires = "Requires-Dist: detkit-porter\nRequires-Dist: numpy\nRequires-Dist: detkit-nowhere; extra == 'x'\n"
+    with (tmp_path / "site" / info / "METADATA").open("a") as metadata:
+        metadata.write(requires)
+    return House(tmp_path / "environments", tmp_path / "site")
+
+
+def test_a_framework_from_a_checkout(manor: House, tmp_path: Path) -> None:
+    """It is copied, with the plugin that the backend's own builds on; other code of it makes another environment."""
+
+    def record() -> Installed:
+        return msgspec.json.decode((manor.folder / "landlord.json").read_bytes(), type=Installed)
+
+    told = manor.run("install", "landlord", code=2)
+    assert "get a checkout of its source and name it: `detkit backends install landlord --source PATH`" in told
+    assert "is no checkout of the manor" in manor.run("install", "landlord", "--source", str(tmp_path), code=2)
+    assert "manor: detkit backends install landlord --source PATH" in manor.run("ls", COLUMNS="400")
+    source = tmp_path / "checkout"
+    source.mkdir()
+    (source / "manor.py").write_text("rooms = 3\n")
+    assert f"taking manor 3.0 from {source}: 1 files" in manor.run("install", "landlord", "--source", str(source))
+    first = record()
+    assert set(first.distributions) == {"detkit-sdk", "detkit-landlord", "detkit-porter"}
+    assert first.checkout is not None
+    assert (first.checkout.name, first.checkout.version, first.checkout.path) == ("manor", "3.0", str(source))
+    shutil.move(source, tmp_path / "elsewhere")
+    assert "already" in manor.run("install", "landlord"), "it needs the checkout no longer"
+    assert "already" in manor.run("install", "landlord", "--source", str(tmp_path / "elsewhere"))
+    assert "is no checkout of the manor" in manor.run("upgrade", "landlord", code=2), "it was taken from there"
+    assert record() == first
+    (tmp_path / "elsewhere/manor.py").write_text("rooms = 4\n")
+    assert "made in" in manor.run("install", "landlord", "--source", str(tmp_path / "elsewhere"))
+    script = "import manor; print(manor.rooms)"
+    found = subprocess.run([record().python, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert found == "4\n"
+
+
+def test_a_source_that_nobody_asked_for(house: House, tmp_path: Path) -> None:
+    told = house.run("install", "lodger", "--source", str(tmp_path), code=2)
+    assert "takes no --source" in told
+
+
+def test_modules_of_another_source_tree_are_not_brought() -> None:
+    """Of two plugins in editable source trees, each brings its own."""
+    pytest.importorskip("detkit_torchvision")
+    found = distributions.find("detkit-echo", ["detkit_echo", "detkit_torchvision"])
+    assert {name.partition("/")[0] for name in found.files} == {"detkit_echo"}

@@ -543,3 +543,11 @@ def test_without_a_cache_the_process_that_trained_remembers(
     trust._given.clear()
     with pytest.raises(UsageError, match="not given to detkit"):
         trust.of_model(run.model)
+
+
+def test_a_missing_module_that_nobody_asks_for_is_explained() -> None:
+    """Their names say nothing of what brings them."""
+    told = str(usercode.failure("importing my_heads", ModuleNotFoundError("No module named 'cv2'", name="cv2")))
+    assert told.endswith("No module named 'cv2'; OpenCV is installed with `pip install opencv-python-headless`")
+    told = str(usercode.failure("importing my_heads", ModuleNotFoundError("No module named 'x'", name="x")))
+    assert told.endswith("No module named 'x'")

@@ -7,6 +7,7 @@ fetched, and no build backend is needed: what is installed is packed as it lies.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -18,6 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from detkit.errors import PluginError, Unsupported
 
@@ -25,6 +28,8 @@ _COMPILED = {".so", ".pyd", ".dylib"}
 _OF_THIS_INSTALL = {"RECORD", "INSTALLER", "REQUESTED", "WHEEL", "METADATA", "direct_url.json", "uv_cache.json"}
 """Files beside the metadata that tell how a distribution came here; a wheel has its own or none."""
 _WHEEL = "Wheel-Version: 1.0\nGenerator: detkit\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+_REQUIRED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""The name that a requirement begins with."""
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)
 """The time of every file in a wheel, so that the same code makes the same wheel."""
 
@@ -81,8 +86,25 @@ class Distribution:
             ) from error
 
 
+def required_plugins(name: str) -> list[str]:
+    """Return the plugins of detkit that a distribution requires, and those that these require."""
+    found: dict[str, None] = {}
+    waiting = [name]
+    while waiting:
+        for line in importlib.metadata.requires(waiting.pop()) or ():
+            required = _REQUIRED.match(line)
+            if required is None or "extra ==" in line:
+                continue
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                other = importlib.metadata.distribution(required[0])
+                if other.name not in found and any(entry.group == "detkit" for entry in other.entry_points):
+                    found[other.name] = None
+                    waiting.append(other.name)
+    return list(found)
+
+
 def find(name: str, modules: Iterable[str] = ()) -> Distribution:
-    """Return an installed distribution; ``modules`` are top-level ones of it beside those of its entry points.
+    """Return an installed distribution; ``modules`` are top-level ones that may be of it, beside its entry points'.
 
     They are asked for only where the package lies in a source tree, of which no list of files exists. Raises
     `PluginError` for a distribution that is not installed, or not by an installer that lists its files.
@@ -112,14 +134,29 @@ def find(name: str, modules: Iterable[str] = ()) -> Distribution:
         entry_points = installed.read_text("entry_points.txt")
         if entry_points:
             metadata["entry_points.txt"] = entry_points.encode()
-        tops = {entry.module.partition(".")[0] for entry in installed.entry_points} | set(modules)
+        tops = {entry.module.partition(".")[0] for entry in installed.entry_points}
+        tops |= {module for module in modules if not _is_elsewhere(module, installed)}
         files = {path: file for top in sorted(tops) for path, file in _source_files(top)}
     return Distribution(name=installed.name, version=installed.version, files=files, metadata=metadata)
 
 
 def _is_editable(installed: importlib.metadata.Distribution) -> bool:
-    origin = json.loads(installed.read_text("direct_url.json") or "{}")
-    return bool(origin.get("dir_info", {}).get("editable"))
+    return bool(_origin(installed).get("dir_info", {}).get("editable"))
+
+
+def _origin(installed: importlib.metadata.Distribution) -> dict[str, Any]:
+    origin: dict[str, Any] = json.loads(installed.read_text("direct_url.json") or "{}")
+    return origin
+
+
+def _is_elsewhere(module: str, installed: importlib.metadata.Distribution) -> bool:
+    """Return whether a module lies outside of the source tree that a distribution is known to be."""
+    url = urlsplit(_origin(installed).get("url", ""))
+    tree = Path(unquote(url.path)).resolve()
+    spec = importlib.util.find_spec(module)
+    if url.scheme != "file" or not tree.is_dir() or spec is None or not spec.origin:
+        return False
+    return not Path(spec.origin).resolve().is_relative_to(tree)
 
 
 def _source_files(module: str) -> Iterator[tuple[str, Path]]:

@@ -27,11 +27,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from detkit.errors import PluginError, StorageError, UnknownName, Unsupported
+from detkit.errors import PluginError, StorageError, UnknownName, Unsupported, UsageError
 from detkit.files import write_json
 
 if TYPE_CHECKING:
@@ -92,6 +92,9 @@ class Environment:
     and not the plugin, which are brought along."""
     pythons: tuple[str, ...] = ("3.11",)
     """Minor versions of Python that it works with, the best first."""
+    checkout: Callable[[Path], Distribution] | None = None
+    """Packs a framework that no package registry has, from a checkout of its source that the user names with
+    ``--source PATH``; raises `UsageError` for another folder. None where `requirements` hold everything."""
     platforms: tuple[str, ...] = ()
     """Where it works, as ``sys.platform`` and ``platform.machine()``: ``linux-x86_64``. Anywhere if empty."""
 
@@ -102,6 +105,13 @@ class Code(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     digest: str
     """See `detkit.distributions.Distribution.digest`."""
+
+
+class Checkout(Code, frozen=True, kw_only=True):
+    """The source that a framework was taken from."""
+
+    name: str
+    path: str
 
 
 class Installed(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,8 +130,9 @@ class Installed(msgspec.Struct, frozen=True, kw_only=True):
     installer: str
     """What filled it, with its version: ``uv 0.9.3`` or ``pip 24.0``."""
     distributions: dict[str, Code]
-    """What was brought along from the controller: detkit and the plugin."""
+    """What was brought along from the controller: detkit and the plugin, with the plugins that it builds on."""
     requirements: list[str]
+    checkout: Checkout | None = None
     schema: int = SCHEMA
 
     def check(self, engine: str) -> None:
@@ -151,6 +162,14 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     detkit: str
     versions: dict[str, str]
     """Of the modules that the backend requires."""
+
+
+class _Framework(NamedTuple):
+    """What a backend runs on, packed."""
+
+    path: Path
+    """The checkout."""
+    packed: Distribution
 
 
 class _Schema(msgspec.Struct):
@@ -265,14 +284,16 @@ def install(
     plugin: str,
     *,
     python: str | None = None,
+    source: Path | None = None,
     rebuild: bool = False,
     tell: Tell = lambda line: None,
 ) -> Installed:
     """Make a backend's environment and return its record; one that is there and in order is left as it is.
 
-    ``plugin`` is the distribution that offers the backend, ``python`` the interpreter to make the environment from.
-    Whatever goes wrong, what was there before stays as it was. Raises `Unsupported`, `UsageError` where no interpreter
-    fits, and `PluginError` with what the installer or the engine said.
+    ``plugin`` is the distribution that offers the backend, ``python`` the interpreter to make the environment from, and
+    ``source`` the checkout of a framework that has to be brought; where it is None, that of the time before. Whatever
+    goes wrong, what was there before stays as it was. Raises `Unsupported`, `UsageError` where no interpreter fits or a
+    checkout is missing, and `PluginError` with what the installer or the engine said.
     """
     from detkit import installers
 
@@ -281,15 +302,19 @@ def install(
     record_file, log_file = _file(name, "json"), _file(name, "log")
     with _locked(name, tell) as lock:
         previous = _find_readable(name)
+        framework = _framework(backend, source) if source else None
         base = installers.choose_python(python, environment.pythons, first=previous.base if previous else None)
-        if previous and not rebuild and previous.base == base.path and _works(previous, backend, tell):
+        same = previous and previous.base == base.path and _holds(previous, framework)
+        if previous and same and not rebuild and _works(previous, backend, tell):
             return previous
+        if framework is None:
+            framework = _framework(backend, Path(previous.checkout.path) if previous and previous.checkout else None)
         numbers = [int(path.name.rpartition("-")[2]) for path in _directories(name)]
         directory = environments_folder() / f"{name}-{max(numbers, default=0) + 1}"
         try:
             with log_file.open("w+b") as log, tempfile.TemporaryDirectory(prefix="detkit-") as temporary:
                 steps = installers.Steps(Path(temporary), log, _foreign_variables(), lock.fileno())
-                record = _build(directory, base, backend, plugin, steps, tell=tell)
+                record = _build(directory, base, backend, plugin, framework=framework, steps=steps, tell=tell)
             write_json(record_file, record)
         except BaseException as error:
             _end_users(directory)  # started just when this process was interrupted
@@ -306,13 +331,49 @@ def install(
     return record
 
 
-def _build(directory: Path, base: Python, backend: LocalBackend, plugin: str, steps: Steps, *, tell: Tell) -> Installed:
+def _framework(backend: LocalBackend, source: Path | None) -> _Framework | None:
+    """Pack the framework from a checkout; None where a backend needs none. Raises `UsageError`."""
+    pack = _declared(backend).checkout
+    if pack is None and source is None:
+        return None
+    if pack is None:
+        raise UsageError(f"backend {backend.name!r} takes no --source: a package registry has all that it needs")
+    if source is None:
+        raise UsageError(
+            f"no package registry has what backend {backend.name!r} runs on; get a checkout of its source and name it: "
+            f"`{backend.installation}`"
+        )
+    return _Framework(source.absolute(), pack(source))
+
+
+def _holds(record: Installed, framework: _Framework | None) -> bool:
+    """Return whether an environment has the framework that was named, if one was."""
+    return framework is None or (record.checkout is not None and record.checkout.digest == framework.packed.digest)
+
+
+def _build(
+    directory: Path,
+    base: Python,
+    backend: LocalBackend,
+    plugin: str,
+    *,
+    framework: _Framework | None,
+    steps: Steps,
+    tell: Tell,
+) -> Installed:
     """Fill a directory and prove that the engine runs there."""
-    from detkit import installers
+    from detkit import distributions, installers
 
     environment = _declared(backend)
-    brought = [_brought(name, backend.engine) for name in dict.fromkeys((_OURS, plugin))]
+    ours = dict.fromkeys((_OURS, plugin, *distributions.required_plugins(plugin)))
+    brought = [_brought(name, backend.engine) for name in ours]
     wheels = [distribution.write_wheel(steps.folder) for distribution in brought]
+    checkout = None
+    if framework is not None:
+        path, packed = framework
+        tell(f"taking {packed.name} {packed.version} from {path}: {len(packed.files)} files, none that is compiled")
+        wheels.append(packed.write_wheel(steps.folder))
+        checkout = Checkout(name=packed.name, version=packed.version, digest=packed.digest, path=str(path))
     listed = steps.folder / "requirements.txt"
     listed.write_text("".join(f"{line}\n" for line in environment.requirements))
     tell(f"installing {len(environment.requirements)} packages for Python {base.minor} ({base.path})")
@@ -330,6 +391,7 @@ def _build(directory: Path, base: Python, backend: LocalBackend, plugin: str, st
         installer=installer,
         distributions={one.name: Code(version=one.version, digest=one.digest) for one in brought},
         requirements=list(environment.requirements),
+        checkout=checkout,
     )
 
 

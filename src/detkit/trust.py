@@ -1,7 +1,8 @@
 """Whose code runs: what a training is given as ``code=``, and what of it a model or a run may be opened with later.
 
 Code that came with a model runs only where this user has given detkit the very same code, by its digest: with
-``code=`` now, or when training was started from this account. See decision 11 in the documentation.
+``code=`` now, or when training was started from this account. An exported graph that is a program, as a TorchScript
+file is, runs only where it was exported from this account, or is named. See decision 11 in the documentation.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from detkit.errors import InvalidValue, StorageError, UnknownName, UsageError
-from detkit.files import atomic_write, cache_folder
+from detkit.files import atomic_write, cache_folder, file_sha256, inside
 from detkit.job import Code, Job, Model, Workspace
 from detkit.usercode import DOTTED_NAME, UserCode, origin_of
+
+PROGRAMS = frozenset({"torchscript"})
+"""Formats of exported graphs whose files are code: TorchScript has operations that write files."""
 
 _given: set[str] = set()
 """Digests of code that was given in this process."""
@@ -80,6 +84,10 @@ def of_model(model: Model) -> UserCode | None:
     same code before. Raises `UsageError` where there is none, or another than the model was trained with.
     """
     code = model.manifest.code
+    program = program_of(model)
+    if program is not None:
+        _require_program(model, program)
+        return None
     if code is None or not code.digest:
         if model.code is not None:
             raise UsageError(f"{model.path} was trained without code of its own; leave out code={str(model.code)!r}")
@@ -99,6 +107,34 @@ def of_model(model: Model) -> UserCode | None:
             f"then allow it with code={str(own)!r}, on the command line --code {own}"
         )
     return found
+
+
+def program_of(model: Model) -> Path | None:
+    """Return the file of an exported graph that is a program; None where the model has none, or the file is missing."""
+    graph = model.manifest.native.get("graph")
+    if not isinstance(graph, dict) or graph.get("format") not in PROGRAMS:
+        return None
+    file = model.path / inside(str(graph.get("file")))
+    return file if file.is_file() else None
+
+
+def _require_program(model: Model, file: Path) -> None:
+    """Raise `UsageError` unless the program of a model was exported from this account, or is named as its code."""
+    if model.manifest.code is not None and model.manifest.code.digest:
+        raise UsageError(f"{model.path} is an exported program that asks for other code, too; export it again")
+    if model.code is not None:
+        if not model.code.is_file() or not model.code.samefile(file):
+            raise UsageError(f"the code of {model.path} is its program; expected code={str(file)!r}")
+        return
+    digest, exported = file_sha256(file), model.manifest.artifacts.get(file.name)
+    if exported is not None and digest != exported.sha256:
+        raise UsageError(f"{file} is not the file that was exported: its sha256 is another; export it again")
+    if not _is_known(digest):
+        raise UsageError(
+            f"{file} is a program, which may write and delete files, and it was not exported from this account, so it "
+            f"is not run. if you trust who made it, say so with code={str(file)!r}, on the command line --code {file}; "
+            "an export to onnx runs no code"
+        )
 
 
 def _memory(digest: str) -> Path | None:

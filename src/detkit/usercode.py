@@ -32,6 +32,11 @@ _MOST_FILES = 10_000
 DOTTED_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _NOT_CODE = ("pyvenv.cfg", "run.json")
 """Files that tell a folder to be a virtual environment, or a run."""
+_WHERE_FROM = {
+    "cv2": "OpenCV is installed with `pip install opencv-python-headless`",
+    "pkg_resources": "setuptools 82 and later do not have it: `pip install 'setuptools<82'`",
+}
+"""Modules that others import without asking for them, whose names say nothing of what brings them."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +247,9 @@ def failure(doing: str, error: BaseException) -> UserCodeFailed:
     outside = [(file, line) for file, line in frames if not file.startswith("<") and file != __file__]
     file, line = (inside or outside or [("", None)])[-1]
     place = f" at {file}, line {line}" if file else ""
-    return UserCodeFailed(f"{doing} failed{place}: {type(error).__name__}: {error}")
+    lacking = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    advice = f"; {_WHERE_FROM[lacking]}" if lacking in _WHERE_FROM else ""
+    return UserCodeFailed(f"{doing} failed{place}: {type(error).__name__}: {error}{advice}")
 
 
 class _Finder(MetaPathFinder):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import detkit
@@ -17,6 +19,7 @@ from detkit.errors import DetkitError
 from detkit.predictor import Predictor
 from detkit.scores import SCORE_FLOOR
 from detkit.shapes import write_shapes
+from detkit.verification import AP_DELTA, SCORES
 
 NEU = Path(__file__).parents[3] / "shared/data/neu-det"
 
@@ -101,6 +104,26 @@ def test_the_same_words(runs: dict[str, detkit.Run], shapes: tuple[detkit.Datase
     found = [command("predict", str(run.path), picture, "--score-threshold", "0.001") for run in runs.values()]
     assert set(found[0]) == set(found[1])
     assert [record["path"] for record in found] == [picture, picture]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_exports_open_here(
+    runs: dict[str, detkit.Run], shapes: tuple[detkit.Dataset, detkit.Dataset], tmp_path: Path, model: str
+) -> None:
+    """A worker writes ONNX; what comes out needs no framework, as a folder and as a file."""
+    _, test = shapes
+    main = detkit.export(runs[model], "onnx")
+    assert main.parent == runs[model].path / "export/onnx"
+    alone = shutil.copy(main, tmp_path / "alone.onnx")
+    original, exported = (Predictor(one, score_threshold=SCORE_FLOOR) for one in (runs[model], alone))
+    with original, exported:
+        assert exported.classes == test.classes
+        for theirs, ours in zip(original.predict(test), exported.predict(test), strict=True):
+            # Two epochs teach little: which of many alike is found is left to chance, how sure it is is not.
+            np.testing.assert_allclose(ours.scores[:20], theirs.scores[:20], atol=SCORES)
+            assert (ours.width, ours.height) == (theirs.width, theirs.height)
+    ap = [detkit.evaluate(one, test, allow_seen=True)["AP"] for one in (main.parent, runs[model])]
+    assert ap[0] == pytest.approx(ap[1], abs=AP_DELTA)
 
 
 @pytest.mark.skipif(not NEU.is_dir(), reason="the real data lie beside a checkout only")

@@ -31,6 +31,14 @@ PythonOption = Annotated[
     str | None,
     typer.Option("--python", metavar="PATH", help="The Python to make it from; found by itself if absent."),
 ]
+SourceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--source",
+        metavar="PATH",
+        help="Your checkout of a framework that no package registry has, such as Detectron2.",
+    ),
+]
 
 
 def missing(backend: "Backend") -> list[str]:
@@ -59,7 +67,7 @@ def examine(backend: "Backend", *, deeply: bool) -> dict[str, Any]:
     }  # fmt: skip
     if not isinstance(backend, LocalBackend):
         return record
-    record["install"] = f"detkit backends install {backend.name}" if backend.environment else backend.install
+    record["install"] = backend.installation
     try:
         record["environment"] = environments.find(backend.name) if backend.environment else None
         python = record["python"] = backend.interpreter(None)
@@ -129,7 +137,7 @@ def _place(record: dict[str, Any]) -> str:
 
 
 @app.command()
-def install(name: Name, python: PythonOption = None, as_json: Json = False) -> None:
+def install(name: Name, python: PythonOption = None, source: SourceOption = None, as_json: Json = False) -> None:
     """Make the environment that a backend declares for itself, with detkit and the plugin as they are here.
 
     One that is there and in order is left as it is. The interpreter is this one where its version fits, else one on
@@ -137,22 +145,25 @@ def install(name: Name, python: PythonOption = None, as_json: Json = False) -> N
     """
     from detkit import plugins
 
-    _make(plugins.backend(name), python, rebuild=False, as_json=as_json)
+    _make(plugins.backend(name), python, source, rebuild=False, as_json=as_json)
 
 
 @app.command()
-def upgrade(name: Name, python: PythonOption = None, as_json: Json = False) -> None:
-    """Make a backend's environment anew, after detkit or the plugin has changed. Runs in the old one go on."""
+def upgrade(name: Name, python: PythonOption = None, source: SourceOption = None, as_json: Json = False) -> None:
+    """Make a backend's environment anew, after detkit or the plugin has changed. Runs in the old one go on.
+
+    What came from a checkout is taken from there again.
+    """
     from detkit import environments, plugins
     from detkit.errors import UsageError
 
     backend = plugins.backend(name)
     if name not in environments.names():
         raise UsageError(f"backend {name!r} has no environment yet; make one with `detkit backends install {name}`")
-    _make(backend, python, rebuild=True, as_json=as_json)
+    _make(backend, python, source, rebuild=True, as_json=as_json)
 
 
-def _make(backend: "Backend", python: str | None, *, rebuild: bool, as_json: bool) -> None:
+def _make(backend: "Backend", python: str | None, source: Path | None, *, rebuild: bool, as_json: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -174,6 +185,7 @@ def _make(backend: "Backend", python: str | None, *, rebuild: bool, as_json: boo
             cast("LocalBackend", backend),
             plugins.distribution_of(backend.name),
             python=python,
+            source=source,
             rebuild=rebuild,
             tell=tell,
         )
