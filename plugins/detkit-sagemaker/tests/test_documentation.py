@@ -7,8 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from detkit.durations import duration
 from detkit.params import describe
-from detkit_sagemaker.options import DeployOptions, SagemakerOptions, TransformOptions, duration
+from detkit_sagemaker.options import DeployOptions, SagemakerOptions, TransformOptions
 
 PAGE = Path(__file__).parents[3] / "docs/reference/sagemaker.md"
 SECTIONS = {"Options of training": SagemakerOptions, "Options of batch transform": TransformOptions,

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from detkit.durations import duration, seconds
 from detkit.errors import InvalidValue
 from detkit.params import describe, set_fields
 from detkit_sagemaker.models import SagemakerModels
-from detkit_sagemaker.options import DeployOptions, SagemakerOptions, TransformOptions, duration, seconds
+from detkit_sagemaker.options import DeployOptions, SagemakerOptions, TransformOptions
 
 KINDS = (SagemakerOptions, TransformOptions, DeployOptions)
 

@@ -171,3 +171,30 @@ def test_bad_searches_are_refused(simulator: Simulator, sagemaker: Any) -> None:
     del algorithm["MetricDefinitions"]
     assert refusal(call, **built_in) == "ValidationException", "and its objective is validation:mAP"
     assert simulator.created == []
+
+
+def test_a_search_may_learn_from_an_earlier_one(simulator: Simulator, sagemaker: Any) -> None:
+    call = sagemaker.create_hyper_parameter_tuning_job
+    limits = {"MaxNumberOfTrainingJobs": 1, "MaxParallelTrainingJobs": 1}
+    parents = {
+        "ParentHyperParameterTuningJobs": [{"HyperParameterTuningJobName": "search"}],
+        "WarmStartType": "IdenticalDataAndAlgorithm",
+    }
+    call(**request(simulator, ResourceLimits=limits))
+    later = {**request(simulator, "later", ResourceLimits=limits), "WarmStartConfig": parents}
+    assert refusal(call, **later) == "ValidationException", "the parent still runs"
+    finished(sagemaker)
+    call(**later)
+    assert finished(sagemaker, "later")["WarmStartConfig"] == parents
+    differently = {**request(simulator, "other", ResourceLimits=limits), "WarmStartConfig": parents}
+    differently["TrainingJobDefinition"]["StaticHyperParameters"]["more"] = "1"
+    assert refusal(call, **differently) == "ValidationException", "the names are not the same"
+    minimised = {"HyperParameterTuningJobObjective": {"Type": "Minimize", "MetricName": "score"}}
+    assert refusal(call, **{**request(simulator, "other", **minimised), "WarmStartConfig": parents})
+    unknown = {**parents, "ParentHyperParameterTuningJobs": [{"HyperParameterTuningJobName": "nobody"}]}
+    assert refusal(call, **{**later, "HyperParameterTuningJobName": "other", "WarmStartConfig": unknown})
+
+
+def test_hyperband_stops_jobs_by_itself(simulator: Simulator, sagemaker: Any) -> None:
+    wanted = request(simulator, Strategy="Hyperband", TrainingJobEarlyStoppingType="Auto")
+    assert refusal(sagemaker.create_hyper_parameter_tuning_job, **wanted) == "ValidationException"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,15 @@ import msgspec
 
 from detkit import catalog, plugins, trust
 from detkit.backends import Backend, Detector, Endpoint, PredictOptions, Suggestion
-from detkit.errors import DetkitWarning, MissingSettings, UsageError
+from detkit.errors import MissingSettings, UsageError
 from detkit.files import atomic_write, write_json
 from detkit.job import Job, Model, Workspace
+from detkit.natives import Adopted
 from detkit.params import Options, Params, set_fields
 from detkit.plans import Plan
 from detkit.runs import RunRecord
+from detkit.spaces import Range
+from detkit.tuning import Mode, Search
 from detkit_sagemaker.models import BACKEND, SagemakerModels, local_backend
 from detkit_sagemaker.options import DeployOptions, SagemakerOptions
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from detkit_sagemaker.aws import Aws
     from detkit_sagemaker.runs import RemoteJob, SagemakerRun
     from detkit_sagemaker.submission import Submission
+    from detkit_sagemaker.tuning import SagemakerTuning
 
 
 class SagemakerBackend(Backend):
@@ -40,6 +43,8 @@ class SagemakerBackend(Backend):
     deploy_options = DeployOptions
     leashed = False
     commands = "detkit_sagemaker.cli:app"
+    samplers = ("amt", "amt-random", "amt-hyperband", "amt-grid")
+    """AWS's automatic model tuning: Bayesian, random, Hyperband, grid."""
     resume = "exact"
     """For our container; what AWS's images do is not known."""
 
@@ -66,14 +71,18 @@ class SagemakerBackend(Backend):
             raise MissingSettings(missing)
         Aws(options.region)
 
-    def require_data(self, model: str, channels: Mapping[str, Dataset]) -> None:
+    def require_data(self, model: str, params: Params, channels: Mapping[str, Dataset]) -> None:
         found = local_backend(model)
         if found is not None:
-            found[0].require_data(found[1], channels)
+            found[0].require_data(found[1], params, channels)
 
     def translate(self, model: str, params: Params) -> Mapping[str, str]:
         found = local_backend(model)
         return {} if found is None else found[0].translate(found[1], params)
+
+    def adopt(self, model: str, keys: Mapping[str, str], given: Mapping[str, Any]) -> Adopted:
+        found = local_backend(model)
+        return Adopted(keys) if found is None else found[0].adopt(found[1], keys, given)
 
     def engine_of(self, model: str) -> str:
         found = local_backend(model)
@@ -108,11 +117,37 @@ class SagemakerBackend(Backend):
 
         return self.attach(recover(self._account(options), name, catalog.new_run_path(name, name)))
 
+    def space(self, model: str) -> Mapping[str, Range]:
+        from detkit_sagemaker import tunable
+
+        return tunable.space(model)
+
+    def tuning_metrics(self, model: str) -> Mapping[str, Mode]:
+        from detkit_sagemaker import tunable
+
+        return tunable.metrics(model)
+
+    def plan_tuning(self, job: Job, workspace: Workspace, search: Search) -> Plan:
+        from detkit_sagemaker import tuning
+
+        return tuning.plan(self._aws(job), job, workspace, search)
+
+    def tune(self, job: Job, workspace: Workspace, search: Search) -> SagemakerTuning:
+        from detkit_sagemaker import tuning
+
+        trust.of_job(job, workspace)
+        return tuning.start(self._aws(job), job, workspace, search, self.attach)
+
+    def attach_tuning(self, workspace: Workspace) -> SagemakerTuning:
+        from detkit_sagemaker import tuning
+
+        return tuning.SagemakerTuning(workspace, self.attach)
+
     def _again(self, run: SagemakerRun) -> SagemakerRun:
         return self._submit(run.job, run.workspace, resumed=run)
 
     def _submit(self, job: Job, workspace: Workspace, *, resumed: SagemakerRun | None = None) -> SagemakerRun:
-        from detkit_sagemaker import recovery, submission, uploads
+        from detkit_sagemaker import creating, recovery, submission, uploads
         from detkit_sagemaker.ledger import Ledger
         from detkit_sagemaker.runs import RemoteJob, SagemakerRun
         from detkit_sagemaker.spending import approve
@@ -152,7 +187,9 @@ class SagemakerBackend(Backend):
             workspace.log("log", {"message": f"training job {ready.name} in {aws.region}"})
             Ledger.of(aws).creating("training-job", ready.name)
             begun()
-            if (refused := _create(aws, ready.request, workspace)) is not None:
+            attach, end = f"`detkit runs attach {workspace.path}`", f"`detkit runs stop {workspace.path}`"
+            refused = creating.create(aws, creating.TRAINING, ready.request, again=attach, ends=end)
+            if refused is not None:
                 begun(False)
                 Ledger.of(aws).gone("training-job", ready.name)
                 raise refused
@@ -266,45 +303,3 @@ def _put_aside(failure: Path) -> None:
     """Keep what was said of an earlier job under another name, now that a new one is begun."""
     if failure.is_file():
         failure.rename(failure.with_name(f"failure.{1 + len(list(failure.parent.glob('failure.*')))}"))
-
-
-def _create(aws: Aws, request: Mapping[str, Any], workspace: Workspace) -> Exception | None:
-    """Create a training job; return the error where AWS refused it, so that there is none. Ctrl-C stops it again.
-
-    boto3 calls again where an answer got lost, so an error does not mean that there is no job; that is asked for.
-    Raises `AwsError` where nobody can tell.
-    """
-    from detkit_sagemaker import resources
-    from detkit_sagemaker.aws import AwsError, explained
-
-    name, client = request["TrainingJobName"], aws.client("sagemaker")
-    try:
-        with explained(f"starting training job {name} (sagemaker:CreateTrainingJob)"):
-            client.create_training_job(**request)
-    except UsageError as error:  # of boto3 itself, which sent nothing
-        return error
-    except AwsError as error:
-        try:
-            with explained(f"asking for training job {name} (sagemaker:DescribeTrainingJob)"):
-                found = client.describe_training_job(TrainingJobName=name)
-        except AwsError as unknown:
-            if resources.is_missing(unknown):
-                return error
-            hint = f"if it runs all the same, `detkit runs attach {workspace.path}` follows it"
-            raise type(error)(f"{error}. {hint}", error.code) from unknown
-        # Its name has a part by chance, so with our role and place of output it is ours. AWS completes all else.
-        is_ours = (
-            found["RoleArn"] == request["RoleArn"]
-            and found["OutputDataConfig"]["S3OutputPath"] == request["OutputDataConfig"]["S3OutputPath"]
-        )
-        return None if is_ours else error
-    except KeyboardInterrupt:
-        told = f"asked AWS to stop training job {name}, which was just beginning; `detkit runs show {workspace.path}`"
-        try:
-            with explained(f"stopping training job {name} (sagemaker:StopTrainingJob)"):
-                client.stop_training_job(TrainingJobName=name)
-        except AwsError as error:
-            told = f"{error}. if the job runs it costs: `detkit runs stop {workspace.path}` ends it"
-        warnings.warn(told, DetkitWarning, stacklevel=2)
-        raise
-    return None

@@ -114,7 +114,7 @@ def hyperparameters(
     }
     if not params.early_stopping:
         values = {name: value for name, value in values.items() if not name.startswith("early_stopping_")}
-    return {name: _text(value) for name, value in values.items()}
+    return {name: text(value) for name, value in values.items()}
 
 
 def notes(
@@ -164,6 +164,6 @@ def _counted(name: str, given: int | None, found: int) -> int:
     return found
 
 
-def _text(value: object) -> str:
-    """Booleans are ``True`` and ``False`` there, and lists have commas."""
+def text(value: object) -> str:
+    """Return a value as it is sent: booleans are ``True`` and ``False`` there, and lists have commas."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

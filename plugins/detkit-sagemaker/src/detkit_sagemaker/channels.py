@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -75,15 +75,15 @@ class Staged:
         )
 
 
-def for_our_container(workspace: Workspace, job: Job, folder: Path) -> list[Staged]:
-    """Return a run's channels as they lie; ``job`` is what the container's worker is to do.
+def for_our_container(workspace: Workspace, job: Job, folder: Path, but: Collection[str] = ()) -> list[Staged]:
+    """Return a run's channels as they lie, ``but`` some; ``job`` is what the container's worker is to do.
 
     Images that were read from S3 stay where they are: a channel of its own names them.
     """
     write_json(folder / "job" / "job.json", job)
     staged = [Staged(name="job", bundle=Bundle.of(folder / "job"))]
     for channel in sorted(path for path in (workspace.path / "input/data").iterdir() if path.is_dir()):
-        if channel.name == "job":
+        if channel.name == "job" or channel.name in but:
             continue
         there = _origins(workspace, channel.name)
         files = Bundle.of(channel, digests=_digests(workspace, channel.name), origins=there).files
@@ -139,10 +139,13 @@ def for_builtin(
     return staged, told
 
 
-def for_jumpstart(workspace: Workspace, folder: Path) -> list[Staged]:
-    """Write training and validation images as one: JumpStart divides what it is given, 80 to 20, by itself."""
+def for_jumpstart(workspace: Workspace, folder: Path, but: Collection[str] = ()) -> list[Staged]:
+    """Write training and validation images as one: JumpStart divides what it is given, 80 to 20, by itself.
+
+    Channels that are in ``but`` are left out.
+    """
     parts = _parts(workspace, needs_validation=False)
-    train, validation = parts["train"], parts.get("validation")
+    train, validation = parts["train"], None if "validation" in but else parts.get("validation")
     data = train if validation is None else merge([train, validation], prefixes=["train", "validation"])
     target = folder / "training"
     _write(data, target, "jumpstart")

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
+from detkit.durations import duration
 from detkit.errors import MissingSettings, UsageError
 from detkit.plans import Plan
 from detkit_sagemaker import hosting, logs, pricing, requests, resources
@@ -20,7 +21,7 @@ from detkit_sagemaker.aws import Aws, AwsError, CredentialsExpired, QuotaExceede
 from detkit_sagemaker.defaults import complete, role_arn
 from detkit_sagemaker.endpoints import DELETES, SagemakerEndpoint, remove_all
 from detkit_sagemaker.ledger import Ledger
-from detkit_sagemaker.options import DeployOptions, duration
+from detkit_sagemaker.options import DeployOptions
 from detkit_sagemaker.policies import SCHEDULER_ROLE, Policies, policy
 from detkit_sagemaker.resources import Step, Tell, iso
 from detkit_sagemaker.spending import approve

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from detkit.backends import Endpoint
 from detkit.errors import DetkitWarning, Unsupported, UsageError
-from detkit_sagemaker import answers, hosting, pricing, resources
+from detkit_sagemaker import answers, creating, hosting, pricing, resources
 from detkit_sagemaker.answers import Answers
 from detkit_sagemaker.aws import Aws, AwsError, explained
 from detkit_sagemaker.invoking import MOST_BYTES, MOST_BYTES_SERVERLESS, EndpointDetector
@@ -194,9 +194,14 @@ def remove(aws: Aws, names: Sequence[str] | None = None, *, expired: bool = Fals
                 DetkitWarning,
                 stacklevel=2,
             )
-        if jobs := going_on(aws):
-            told = f"training jobs that were begun here go on: {', '.join(jobs)}"
-            warnings.warn(f"{told}; `detkit runs attach NAME --backend sagemaker`", DetkitWarning, stacklevel=2)
+        follow = {
+            creating.TRAINING: "detkit runs attach NAME --backend sagemaker",
+            creating.TUNING: "detkit tune --resume STUDY",
+        }
+        for kind, command in follow.items():
+            if jobs := going_on(aws, kind):
+                told = f"{kind.noun}s that were begun here go on: {', '.join(jobs)}"
+                warnings.warn(f"{told}; `{command}`", DetkitWarning, stacklevel=2)
     alive = {one.name for one in there}
     names = [*(one.name for one in doomed), *_left_over(aws, ledger, alive)]
 

@@ -96,6 +96,9 @@ def container_of(model: Model, aws: Aws, root: str, *, image_uri: str | None, in
     if code is not None:
         files |= {f"{CODE}/{name}": path for name, path in code.files.items()}
         environment["DETKIT_CODE"] = code.digest
+    program = trust.program_of(model)
+    if program is not None:
+        environment["DETKIT_CODE"] = file_sha256(program)
     url = f"{root}/models/{_digest(files)}/{artifacts.ARCHIVE}"
     return Container(
         image=image_uri,

@@ -270,16 +270,11 @@ class HubModel(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
         refuse_without_weights(self.model_id, params)
         known = {h.name: h for h in self.hyperparameters if h.scope != "container"}
         values: dict[str, str] = {}
-        for name, theirs in _NAMES.items():
+        for name in _NAMES:
             value = getattr(params, name)
-            if value is None:
-                continue
-            native = next((one for one in theirs if one in known), None)
-            if native is None:
-                raise UsageError(
-                    f"{JUMPSTART}{self.model_id} has no hyperparameter for {name}; it lists {', '.join(known)}"
-                )
-            values[native] = known[native].check(_number(value))
+            if value is not None:
+                native, text = self.native(name, value)
+                values[native] = text
         for name, text in params.hyperparameters.items():
             if name not in known:
                 raise UnknownName(f"hyperparameter of {JUMPSTART}{self.model_id}", name, known)
@@ -287,6 +282,22 @@ class HubModel(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
                 raise UsageError(f"{name} is given twice: by its own name in hyperparameters= and by detkit's")
             values[name] = known[name].check(text)
         return values
+
+    def native(self, name: str, value: float) -> tuple[str, str]:
+        """Return the document's name of one of detkit's parameters, and the value as text.
+
+        Raises `UsageError` where it lists none such, and `InvalidValue` for a value outside its limits.
+        """
+        found = self.listed(name)
+        if found is None:
+            names = ", ".join(h.name for h in self.hyperparameters if h.scope != "container")
+            raise UsageError(f"{JUMPSTART}{self.model_id} has no hyperparameter for {name}; it lists {names}")
+        return found.name, found.check(_number(value))
+
+    def listed(self, name: str) -> Hyperparameter | None:
+        """Return what the document says of one of detkit's parameters; None where it lists none such."""
+        known = {h.name: h for h in self.hyperparameters if h.scope != "container"}
+        return next((known[one] for one in _NAMES.get(name, ()) if one in known), None)
 
     def _defaults(self) -> dict[str, str]:
         return {h.name: str(h.default) for h in self.hyperparameters if h.scope != "container" and _has(h)}

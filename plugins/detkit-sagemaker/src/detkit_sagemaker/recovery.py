@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from detkit.errors import InvalidData, RunExists, UsageError
 from detkit.job import CHANNELS, Workspace
-from detkit_sagemaker import hosting, uploads
+from detkit_sagemaker import creating, hosting, uploads
 from detkit_sagemaker.aws import Aws, AwsError, explained
 from detkit_sagemaker.container.archives import unpack
 from detkit_sagemaker.ledger import Ledger
@@ -34,7 +38,10 @@ def keep(aws: Aws, root: str, workspace: Workspace, name: str) -> None:
 
 
 def recover(aws: Aws, name: str, folder: Path) -> Workspace:
-    """Make the run directory of a training job that another machine started. Raises `UsageError` and `RunExists`."""
+    """Make the run directory of a training job that another machine started, or a tuning job of its.
+
+    Raises `UsageError` and `RunExists`.
+    """
     try:
         with explained(f"asking for training job {name} (sagemaker:DescribeTrainingJob)"):
             job = aws.client("sagemaker").describe_training_job(TrainingJobName=name)
@@ -52,9 +59,12 @@ def recover(aws: Aws, name: str, folder: Path) -> Workspace:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         archive, run = Path(beside) / "run.tar.gz", Path(beside) / "run"
         try:
-            uploads.get(aws, _url(root, name), archive)
+            kept_as = job["TuningJobArn"].rpartition("/")[2] if "TuningJobArn" in job else name
+            uploads.get(aws, _url(root, kept_as), archive)
             run.mkdir()
             unpack(archive, run)
+            if kept_as != name:
+                _make_trial(Workspace(run), job)
         except (AwsError, InvalidData) as error:
             raise UsageError(
                 f"training job {name} was not started by detkit, or what it kept is gone: {error}"
@@ -66,25 +76,32 @@ def recover(aws: Aws, name: str, folder: Path) -> Workspace:
     return Workspace(folder)
 
 
+def _make_trial(workspace: Workspace, job: Mapping[str, Any]) -> None:
+    from detkit_sagemaker import searching, trials
+
+    record = (workspace.path / searching.RECORD).read_bytes()
+    remote = msgspec.json.decode(record, type=trials.RemoteTuning)
+    trials.become_trial(workspace, remote, trials.sent(remote, job), job)
+
+
 def _url(root: str, name: str) -> str:
     return f"{root}/runs/{name}.tar.gz"
 
 
-def going_on(aws: Aws) -> list[str]:
-    """Return the training jobs that this machine began, and that go on; those that AWS does not know are forgotten."""
+def going_on(aws: Aws, kind: creating.Kind) -> list[str]:
+    """Return the jobs of a kind that this machine began, and that go on; those AWS does not know are forgotten."""
     ledger, found = Ledger.of(aws), []
     for entry in ledger.pending():
-        if entry.kind != "training-job":
+        if entry.kind != kind.kept_as:
             continue
         try:
-            with explained(f"asking for training job {entry.name} (sagemaker:DescribeTrainingJob)"):
-                job = aws.client("sagemaker").describe_training_job(TrainingJobName=entry.name)
+            job = creating.describe(aws, kind, entry.name)
         except AwsError as error:
             if not is_missing(error):
                 raise
             if entry.is_abandoned:  # else it may just be beginning
-                ledger.gone("training-job", entry.name)
+                ledger.gone(kind.kept_as, entry.name)
             continue
-        if job["TrainingJobStatus"] in {"InProgress", "Stopping"}:
+        if job[f"{kind.title}Status"] in {"InProgress", "Stopping"}:
             found.append(entry.name)
     return found

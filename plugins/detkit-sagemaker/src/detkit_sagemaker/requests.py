@@ -25,7 +25,10 @@ LARGEST_TRANSFORM_MB = 100
 """``MaxConcurrentTransforms * MaxPayloadInMB`` may not exceed it (API reference, CreateTransformJob)."""
 
 _NAME_LENGTH = 63
+_TUNING_NAME_LENGTH = 32
 _CHECKPOINTS = "/opt/ml/checkpoints"
+_OF_ONE_JOB = ("TrainingJobName", "HyperParameters", "Tags")
+"""What the definition of a tuning job's training jobs has no place for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,11 @@ class Channel:
 def job_name(run_name: str) -> str:
     """Return a new name that AWS takes, of at most 63 characters: ``detkit-<run name>-<8 hex digits>``."""
     return f"detkit-{_cleaned(run_name, _NAME_LENGTH - 16)}-{secrets.token_hex(4)}"
+
+
+def tuning_name(study: str) -> str:
+    """Return a new name for a tuning job, of at most 32 characters: ``detkit-<study's name>-<8 hex digits>``."""
+    return f"detkit-{_cleaned(study, _TUNING_NAME_LENGTH - 16)}-{secrets.token_hex(4)}"
 
 
 def _cleaned(name: str, length: int) -> str:
@@ -127,6 +135,51 @@ def training_request(
     if checkpoints is not None:
         request["CheckpointConfig"] = {"S3Uri": checkpoints, "LocalPath": _CHECKPOINTS}
     return request
+
+
+def tuning_request(
+    *,
+    name: str,
+    training: Request,
+    ranges: Request,
+    strategy: Literal["Bayesian", "Random", "Hyperband", "Grid"],
+    objective: str,
+    mode: Literal["max", "min"],
+    trials: int,
+    parallel: int,
+    early_stopping: bool,
+    seed: int,
+    epochs: int | None = None,
+    warm_start: Request | None = None,
+) -> Request:
+    """Return the request of ``CreateHyperParameterTuningJob`` whose training jobs are like ``training``.
+
+    What ``ranges`` name is left out of their hyperparameters. ``epochs`` are what Hyperband may use for one of them.
+    """
+    limits = {"MaxParallelTrainingJobs": parallel}
+    if strategy != "Grid":  # there the categories say how many
+        limits["MaxNumberOfTrainingJobs"] = trials
+    config: Request = {
+        "Strategy": strategy,
+        "HyperParameterTuningJobObjective": {"Type": {"max": "Maximize", "min": "Minimize"}[mode]},
+        "ResourceLimits": limits,
+        "ParameterRanges": ranges,
+        "TrainingJobEarlyStoppingType": "Auto" if early_stopping and strategy != "Hyperband" else "Off",
+        "RandomSeed": seed,
+    }
+    config["HyperParameterTuningJobObjective"]["MetricName"] = objective
+    if epochs is not None:
+        config["StrategyConfig"] = {"HyperbandStrategyConfig": {"MinResource": 1, "MaxResource": epochs}}
+    tuned = {one["Name"] for kind in ranges.values() for one in kind}
+    fixed = {name: text for name, text in training.get("HyperParameters", {}).items() if name not in tuned}
+    definition = {key: value for key, value in training.items() if key not in _OF_ONE_JOB}
+    return {
+        "HyperParameterTuningJobName": name,
+        "HyperParameterTuningJobConfig": config,
+        "TrainingJobDefinition": {**definition, **({"StaticHyperParameters": fixed} if fixed else {})},
+        "Tags": training["Tags"],
+        **({"WarmStartConfig": warm_start} if warm_start else {}),
+    }
 
 
 def _stopping(options: SagemakerOptions) -> Request:

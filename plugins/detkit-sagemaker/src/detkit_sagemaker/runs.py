@@ -87,7 +87,7 @@ class SagemakerRun(Run):
         super().__init__(workspace)
         self._aws, self._restart = aws, restart
         self._asked, self._heard = 0.0, time.monotonic()
-        self._in_vain: float | None = None  # since when AWS could not be asked
+        self._unreachable_since: float | None = None  # by `time.monotonic`
         self._is_deaf = False  # whether it was said that the log cannot be read
 
     @property
@@ -156,16 +156,16 @@ class SagemakerRun(Run):
             raise StorageError(
                 self.path, f"{error.why}; what the job left stays in S3, and {again} fetches it"
             ) from error
-        self._in_vain = None
+        self._unreachable_since = None
         return self._known_status() == "running"
 
     def _is_patient(self, error: AwsError) -> bool:
         """Return whether to ask AWS again after a while; says so the first time."""
         now = time.monotonic()
-        if self._in_vain is None:
-            self._in_vain = now
+        if self._unreachable_since is None:
+            self._unreachable_since = now
             self.workspace.log("log", {"message": f"{error}; asked again for {_PATIENCE_S:.0f} s"})
-        if now - self._in_vain > _PATIENCE_S:
+        if now - self._unreachable_since > _PATIENCE_S:
             return False
         self._asked = now + _PAUSE_S
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from detkit import plugins
+from detkit.backends import SeveralOptions
 from detkit.errors import MissingSettings, Unsupported, UsageError
 from detkit.events import pattern
 from detkit.job import Job, Model, Workspace
@@ -59,19 +60,24 @@ class Submission:
     hosting: Mapping[str, Any] = field(default_factory=dict)
     """What will answer with the model at AWS, where its image is not ours."""
     concerns: list[Concern] = field(default_factory=list)
+    hub: HubModel | None = None
+    """What JumpStart says of its model."""
 
     @property
     def bundles(self) -> list[Bundle]:
         """All that has to lie in S3."""
         return [bundle for one in self.staged for bundle in one.bundles]
 
-    def look_at_account(self, aws: Aws) -> list[Concern]:
-        """Return what is wrong with the account, and what speaks against the machine and the request; only looks."""
+    def look_at_account(self, aws: Aws, *, at_once: int = 1) -> list[Concern]:
+        """Return what is wrong with the account, and what speaks against the machine and the request; only looks.
+
+        ``at_once`` is how many such jobs run together.
+        """
         resources = self.request["ResourceConfig"]
         instance_type, count = resources["InstanceType"], resources["InstanceCount"]
         image = self.options.image_uri if self.kind == "ours" else None
         needs: dict[tuple[preflight.Use, str], int] = {
-            ("spot" if self.options.spot else "training", instance_type): count
+            ("spot" if self.options.spot else "training", instance_type): count * at_once
         }
         rejected = [Concern(level="error", message=line) for line in check_request("CreateTrainingJob", self.request)]
         return [
@@ -97,10 +103,13 @@ def prepare(
     *,
     earlier: RemoteJob | None = None,
     spent: float | None = 0.0,
+    name: str | None = None,
+    but: Collection[str] = (),
 ) -> Submission:
     """Return the job's request and its data, written into ``folder`` where it needs another form; only looks at AWS.
 
     ``earlier`` is the job to go on from, ``spent`` the US dollars that the run has cost; None where nobody knows.
+    ``name`` is the job's where it is not the run's, and ``but`` are channels of the run that it does not get.
     Raises `UsageError`, `MissingSettings` and `AwsError`.
     """
     given = msgspec.convert(job.options, SagemakerOptions)
@@ -112,7 +121,8 @@ def prepare(
         options = msgspec.structs.replace(options, max_cost=_left(options.max_cost, spent))
         notes.append(f"of max_cost={given.max_cost:g}, {spent:.2f} USD are spent by the run's earlier jobs")
     way = {"ours": _ours, "builtin": _builtin, "jumpstart": _jumpstart}[kind]
-    return way(_Common(aws, workspace, job, folder, options, notes, job_name(workspace.path.name), earlier))
+    name = name or job_name(workspace.path.name)
+    return way(_Common(aws, workspace, job, folder, options, notes, name, earlier, but))
 
 
 def _left(max_cost: float, spent: float | None) -> float:
@@ -139,6 +149,7 @@ class _Common:
     notes: list[str]
     name: str
     earlier: RemoteJob | None
+    but: Collection[str]
 
     @property
     def root(self) -> str:
@@ -178,9 +189,9 @@ def _ours(given: _Common) -> Submission:
     backend, model = found
     if given.options.image_uri is None:
         raise MissingSettings([("image_uri", IMAGE_HINT)])
-    if given.options.instance_count > 1:
+    if given.options.instance_count > 1 and not issubclass(backend.options, SeveralOptions):
         raise Unsupported(
-            f"instance_count={given.options.instance_count}: the engines of detkit train on one machine; give "
+            f"instance_count={given.options.instance_count}: {backend.name} trains on one machine; give "
             "instance_count=1, and a larger instance_type where one is too slow"
         )
     earlier, staged = given.earlier, list[Staged]()
@@ -194,7 +205,7 @@ def _ours(given: _Common) -> Submission:
             options=msgspec.to_builtins(backend.options()),
             versions=plugins.versions(backend.name),
         )
-        staged = channels.for_our_container(given.workspace, job, given.folder)
+        staged = channels.for_our_container(given.workspace, job, given.folder, given.but)
     losses = backend.models[model].losses
     parts = [*(f"train/{name}" for name in losses), *(f"val/{_validation(name)}" for name in losses)]
     metrics = {name: pattern(name) for name in [*_METRICS, *parts][:_MOST_METRICS]}
@@ -207,6 +218,9 @@ def _ours(given: _Common) -> Submission:
     )
     if earlier is not None:
         request["CheckpointConfig"] = earlier.request["CheckpointConfig"]
+        chosen = {n: v for n, v in earlier.request.get("HyperParameters", {}).items() if not n.startswith("_")}
+        if chosen:  # of a trial, whose job is that of all
+            request["HyperParameters"] = chosen
         if earlier.staged:  # all that is to be done again lies in S3, and need not be here
             request["InputDataConfig"] = earlier.request["InputDataConfig"]
     return Submission(
@@ -287,7 +301,7 @@ def _jumpstart(given: _Common) -> Submission:
     instance_type = hub.training_instance(given.options.instance_type)
     isolated = given.options.network_isolation
     isolated = hub.training_enable_network_isolation if isolated is None else isolated
-    staged = channels.for_jumpstart(given.workspace, given.folder)
+    staged = channels.for_jumpstart(given.workspace, given.folder, given.but)
     parent = _parent(given.workspace)
     (training,) = [one.channel(given.root) for one in staged]
     request, estimate = given.request(
@@ -305,9 +319,11 @@ def _jumpstart(given: _Common) -> Submission:
     )
     host = hub.default_inference_instance_type or TRAINING_INSTANCE
     validation = given.workspace.dataset("validation")
-    split = "JumpStart takes no validation images: it divides what it is given, 80 to 20, by itself" + (
-        f"; the {len(validation)} validation images are given to it as well, and count as seen" if validation else ""
-    )
+    split = "JumpStart takes no validation images: it divides what it is given, 80 to 20, by itself"
+    if validation and "validation" in given.but:
+        split += f"; the {len(validation)} validation images are kept from it"
+    elif validation:
+        split += f"; the {len(validation)} validation images are given to it as well, and count as seen"
     return Submission(
         kind="jumpstart",
         name=given.name,
@@ -323,6 +339,7 @@ def _jumpstart(given: _Common) -> Submission:
             "environment": hub.hosting_environment(),
             "version": hub.version,
         },
+        hub=hub,
     )
 
 

@@ -7,17 +7,24 @@ against the job's digest. Hosting asks for more, see `detkit_sagemaker.container
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import msgspec
 
-from detkit import plugins, worker
+from detkit import launching, plugins, worker
+from detkit.backends import Backend, SeveralOptions
+from detkit.environments import python_command
 from detkit.errors import DetkitError, InvalidData, StorageError, Unsupported, UsageError
 from detkit.files import atomic_write, inside, place
 from detkit.job import Job, Manifest, Trained, Workspace
+from detkit.launching import Machine
 from detkit.params import set_fields
 from detkit.usercode import UserCode
 from detkit_sagemaker.container import engines
@@ -29,6 +36,11 @@ REASON_LENGTH = 1024
 IMAGES, LINKS = "-images", "links.json"
 """Images that stay where they lie in S3 come in a channel of their own, ``train-images``; ``links.json`` in ``train``
 says for each file of that channel which one of the other it is."""
+
+PORT = 29400
+"""Where the first of several machines listens."""
+
+_WORKER = "import sys; from detkit_sagemaker.container.training import work; work(sys.argv[1])"
 
 CODE = "code"
 """Folder of a model that holds the modules of the user's own, where it takes some."""
@@ -61,7 +73,23 @@ class Container(Workspace):
         overlay = {name: job.params[name] for name in given}
         origins = dict.fromkeys(given, "hyperparameters.json")
         params = set_fields(params, overlay, kind=kind, origins=origins)
-        return msgspec.structs.replace(job, params=msgspec.to_builtins(params))
+        options = {**job.options, **self._several()} if trains_in_several(backend) else job.options
+        return msgspec.structs.replace(job, params=msgspec.to_builtins(params), options=options)
+
+    def _several(self) -> dict[str, Any]:
+        """Return the options that say how many processes train: one for each GPU of each machine."""
+        gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+        return {"gpus": gpus or None, "nodes": len(self.hosts)}
+
+    @property
+    def machine(self) -> Machine | None:
+        """Which of several machines this is."""
+        if len(self.hosts) == 1:
+            return None
+        file = self.path / "input/config/resourceconfig.json"
+        own = self.hosts.index(json.loads(file.read_bytes())["current_host"])
+        port = int(os.environ.get("DETKIT_MASTER_PORT", PORT))
+        return Machine(own, os.environ.get("DETKIT_MASTER_ADDR", self.hosts[0]), port)
 
     def _given(self) -> list[str]:
         """Return the names that `Workspace.job` takes from ``hyperparameters.json``."""
@@ -93,10 +121,12 @@ def train(base: Path) -> int:
     try:
         for folder in (workspace.checkpoints, workspace.model, workspace.metrics_file.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        refuse_several_hosts(workspace)
+        job = workspace.job()
+        refuse_several_hosts(workspace, job)
         unpack_parent(workspace)
         link_images(workspace)
-        _tell_other_versions(workspace, workspace.job())
+        workspace.is_silent = workspace.machine is not None and workspace.machine.rank > 0
+        _tell_other_versions(workspace, job)
     except Exception as error:
         known = isinstance(error, DetkitError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
@@ -104,18 +134,46 @@ def train(base: Path) -> int:
         print(reason if known else traceback.format_exc(), file=sys.stderr, flush=True)
         code = error.exit_code if isinstance(error, DetkitError) else 3
     else:
-        code = worker.train(workspace)
+        code = _launch(workspace, job) if launching.launches(job.options) else worker.train(workspace)
     workspace.shorten_failure()
     return code
 
 
-def refuse_several_hosts(workspace: Container) -> None:
-    """Raise `Unsupported` for a job on several machines: no engine exchanges gradients over a network."""
-    if len(workspace.hosts) > 1:
+def _launch(workspace: Container, job: Job) -> int:
+    """Let torchrun start the workers of this machine, and wait for them. SIGTERM ends them all after a step."""
+    worker_of_many = python_command(sys.executable, _WORKER, str(workspace.path))
+    command = launching.command(sys.executable, worker_of_many, job.options, workspace.path, workspace.machine)
+    asked_to_stop = False
+    with subprocess.Popen(command) as process:
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            nonlocal asked_to_stop
+            asked_to_stop = True
+            process.terminate()
+
+        signal.signal(signal.SIGTERM, stop)
+        code = process.wait()
+    return 0 if asked_to_stop and not workspace.failure_file.exists() else code
+
+
+def work(base: str) -> NoReturn:
+    """Be one of the workers that torchrun starts."""
+    worker.leave(worker.train(Container(base)))
+
+
+def refuse_several_hosts(workspace: Container, job: Job) -> None:
+    """Raise `Unsupported` for a job on several machines whose engine exchanges no gradients."""
+    backend = engines.find(job.backend, job.engine)
+    if len(workspace.hosts) > 1 and not trains_in_several(backend):
         raise Unsupported(
-            f"the job has {len(workspace.hosts)} machines ({', '.join(workspace.hosts)}), and training over several is "
-            "not supported; give instance_count=1, and a larger instance_type where one is too slow"
+            f"the job has {len(workspace.hosts)} machines ({', '.join(workspace.hosts)}), and {backend.name} trains on "
+            "one; give instance_count=1, and a larger instance_type where one is too slow"
         )
+
+
+def trains_in_several(backend: Backend) -> bool:
+    """Return whether an engine trains one model in several processes."""
+    return issubclass(backend.options, SeveralOptions)
 
 
 def unpack_parent(workspace: Container) -> None:

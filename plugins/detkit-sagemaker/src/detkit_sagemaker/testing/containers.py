@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -75,6 +74,8 @@ class LogStream:
     """One stream of CloudWatch Logs. Lines are kept until `flush`."""
 
     def __init__(self, logs: Any, group: str, stream: str) -> None:
+        from botocore.exceptions import ClientError
+
         self._logs, self._group, self._stream = logs, group, stream
         self._events: list[dict[str, Any]] = []
         self._lock, self._sending = threading.Lock(), threading.Lock()
@@ -82,8 +83,11 @@ class LogStream:
             (logs.create_log_group, {"logGroupName": group}),
             (logs.create_log_stream, {"logGroupName": group, "logStreamName": stream}),
         ):
-            with contextlib.suppress(logs.exceptions.ResourceAlreadyExistsException):
+            try:
                 create(**arguments)
+            except ClientError as error:  # by its code: the classes of a client are another thread's where two begin
+                if error.response["Error"]["Code"] != "ResourceAlreadyExistsException":
+                    raise
 
     def write(self, line: str) -> None:
         """Take a line."""

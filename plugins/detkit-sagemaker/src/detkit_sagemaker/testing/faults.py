@@ -42,6 +42,7 @@ class Faults:
             self._crashes: dict[tuple[str, str], Callable[[], None] | None] = {}
             self._quotas: dict[str, float] = {}
             self.seconds_per_state = 0.0
+            self.seconds_to_objective = 0.0
 
     def throttle(self, every: int = 2) -> None:
         """Refuse every ``every``-th call of any service with ``ThrottlingException``; 0 ends it."""
@@ -77,6 +78,11 @@ class Faults:
         """Stay ``seconds`` in every state that is passed through: Starting, Downloading, Creating ..."""
         with self._lock:
             self.seconds_per_state = seconds
+
+    def late_objectives(self, seconds: float) -> None:
+        """Let a tuning job know the metric of a training job only ``seconds`` after that has ended."""
+        with self._lock:
+            self.seconds_to_objective = seconds
 
     def interrupt_spot(self, job: str | None = None) -> None:
         """Take the instances away from a managed spot training job, now or as soon as it trains; None: from any one.

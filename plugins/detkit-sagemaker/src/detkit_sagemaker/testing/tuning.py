@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
+from datetime import timedelta
 from typing import Any
 
 from detkit_sagemaker.testing import metrics, sampling
-from detkit_sagemaker.testing.account import TICK, Account, Job, Json
+from detkit_sagemaker.testing.account import TICK, Account, Job, Json, now
 from detkit_sagemaker.testing.listing import listed, page
 from detkit_sagemaker.testing.refusals import Refused
 from detkit_sagemaker.testing.training import TrainingJobs
@@ -42,8 +43,6 @@ class TuningJobs:
         """Start a job."""
         if "TrainingJobDefinition" not in request:
             raise Refused("TrainingJobDefinition is missing; several TrainingJobDefinitions are not simulated")
-        if "WarmStartConfig" in request:
-            raise Refused("WarmStartConfig is not simulated")
         settings, definition = request["HyperParameterTuningJobConfig"], request["TrainingJobDefinition"]
         algorithm = definition["AlgorithmSpecification"]
         if "TrainingImage" not in algorithm:
@@ -64,6 +63,11 @@ class TuningJobs:
         limits = settings["ResourceLimits"]
         if settings["Strategy"] != "Grid" and "MaxNumberOfTrainingJobs" not in limits:
             raise Refused("ResourceLimits.MaxNumberOfTrainingJobs is missing")
+        if settings["Strategy"] == "Hyperband" and settings.get("TrainingJobEarlyStoppingType") == "Auto":
+            raise Refused("TrainingJobEarlyStoppingType has to be Off with Hyperband, which stops jobs by itself")
+        for parent in request.get("WarmStartConfig", {}).get("ParentHyperParameterTuningJobs", []):
+            name = parent["HyperParameterTuningJobName"]
+            _check_parent(self._account.find(TuningJob, name), objective, _names(ranges, definition))
         job = TuningJob(self._account, request, self._training, ranges)
         job.start()
         return {"HyperParameterTuningJobArn": job.arn}
@@ -100,6 +104,22 @@ class TuningJobs:
         return self._account.find(TuningJob, request["HyperParameterTuningJobName"])
 
 
+def _names(ranges: Json, definition: Json) -> set[str]:
+    """Return the names of all hyperparameters, searched or not."""
+    return {*definition.get("StaticHyperParameters", {}), *(one["Name"] for kind in ranges.values() for one in kind)}
+
+
+def _check_parent(parent: TuningJob, objective: Json, names: set[str]) -> None:
+    """Raise `Refused` where a new tuning job may not learn from an earlier one. It learns nothing here."""
+    if not parent.over:
+        raise Refused(f"the parent {parent.name} is in status {parent.status}, and it has to be in a terminal one")
+    if parent.objective != objective:
+        raise Refused(f"the objective metric differs from that of the parent {parent.name}")
+    if parent.names != names:
+        differing = ", ".join(sorted(parent.names ^ names))
+        raise Refused(f"the hyperparameters, static and tunable, differ from those of {parent.name}: {differing}")
+
+
 class TuningJob(Job):
     """A hyperparameter tuning job."""
 
@@ -114,9 +134,23 @@ class TuningJob(Job):
         self.children: list[TrainingJob] = []
         """The training jobs that were started, the oldest first."""
 
+    @property
+    def objective(self) -> Json:
+        """What its training jobs are judged by."""
+        return self._objective
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all hyperparameters."""
+        return _names(self._ranges, self.request["TrainingJobDefinition"])
+
     def value(self, child: TrainingJob) -> float | None:
         """Return the final objective of a training job; None where it has none, yet or ever."""
-        return child.metrics.value(self._objective["MetricName"]) if child.over else None
+        return child.metrics.value(self._objective["MetricName"]) if self._is_judged(child) else None
+
+    def _is_judged(self, child: TrainingJob) -> bool:
+        late = timedelta(seconds=self.account.faults.seconds_to_objective)
+        return child.over and (child.ended is None or now() - child.ended >= late)
 
     def summary_of(self, child: TrainingJob) -> Json:
         """Describe a training job as part of this tuning job."""
@@ -136,7 +170,7 @@ class TuningJob(Job):
         return answer
 
     def _objective_status(self, child: TrainingJob) -> str:
-        if not child.over:
+        if not self._is_judged(child):
             return "Pending"
         return "Failed" if self.value(child) is None or child.status == "Failed" else "Succeeded"
 
