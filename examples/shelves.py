@@ -4,7 +4,7 @@
     python examples/shelves.py SKU110K --role ROLE --image-uri IMAGE --max-cost 20 --model torchvision/fcos_small
 
 The data is checked, what is broken is left out by name, and an augmented manifest is written, as SageMaker's tools
-read it. Our container trains on it, on one machine: the engines do not train across several yet. The test images go
+read it. Our container trains on it, with `--machines 2` on two machines that share each batch. The test images go
 through a batch transform, and up to 300 detections of each count. `--simulate` does all of it in an account that is
 simulated on this machine. The shelves are drawn where no folder is given.
 """
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--role", help="execution role; `detkit sagemaker setup` makes one")
     parser.add_argument("--image-uri", help="our container; `detkit sagemaker build-image` makes it")
     parser.add_argument("--max-cost", type=float, help="US dollars that each job may cost at most, by the estimate")
+    parser.add_argument("--machines", type=int, default=1, help="machines that train together")
     parser.add_argument("--simulate", action="store_true", help="in an account simulated on this machine")
     given = parser.parse_args()
 
@@ -72,7 +73,9 @@ def tell_story(given: argparse.Namespace) -> None:
     train, val, test = detkit.read_dataset(manifest).split(0.6, 0.2, 0.2, seed=0)
 
     paid = {"role": given.role, "image_uri": given.image_uri, "max_cost": given.max_cost}
-    trainer = detkit.Trainer(backend="sagemaker", model=given.model, max_detections=LIMIT, **paid)
+    trainer = detkit.Trainer(
+        backend="sagemaker", model=given.model, max_detections=LIMIT, instance_count=given.machines, **paid
+    )
     run = trainer.fit(train, val, name=str(given.folder / "run"), epochs=given.epochs)
 
     transform(run.model, test, TransformOptions(**paid))

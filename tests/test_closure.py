@@ -13,16 +13,21 @@ import pytest
 import detkit
 
 PUBLIC = [
+    "Choice",
     "Comparison",
     "Dataset",
     "DetkitError",
     "Detections",
+    "Float",
+    "Int",
     "Model",
     "Predictor",
     "Run",
     "Sample",
     "Scores",
+    "Study",
     "Trainer",
+    "Tuner",
     "__version__",
     "check",
     "compare",
@@ -32,7 +37,9 @@ PUBLIC = [
     "export",
     "merge",
     "open_run",
+    "open_study",
     "plot",
+    "plot_study",
     "read_dataset",
     "read_predictions",
     "remap",
@@ -91,8 +98,9 @@ def test_errors_and_params_load_no_numpy() -> None:
 
 
 def worker_modules() -> dict[str, str | None]:
-    # The worker imports the formats only where it writes a channel; engines score with detkit.scores.
-    return loaded_by("import detkit.worker, detkit.backends, detkit.hookspecs, detkit.scores")
+    # The worker imports the formats only where it writes a channel; engines score with detkit.scores, and describe what
+    # they export with detkit.graphs.
+    return loaded_by("import detkit.worker, detkit.backends, detkit.hookspecs, detkit.scores, detkit.graphs")
 
 
 def test_the_worker_needs_little() -> None:

@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Choice": "spaces",
     "Comparison": "comparison",
     "Dataset": "data",
     "DetkitError": "errors",
     "Detections": "detections",
+    "Float": "spaces",
+    "Int": "spaces",
     "Model": "job",
     "Predictor": "predictor",
     "Run": "runs",
     "Sample": "data",
     "Scores": "scores",
+    "Study": "studies",
     "Trainer": "trainer",
+    "Tuner": "tuner",
     "check": "checking",
     "compare": "comparison",
     "deploy": "deployment",
@@ -29,27 +34,34 @@ _HOME = {
     "export": "exporting",
     "merge": "curation",
     "open_run": "catalog",
+    "open_study": "studies",
     "plot": "learning_curves",
+    "plot_study": "study_plots",
     "read_dataset": "io",
     "read_predictions": "predictions",
     "remap": "curation",
     "sample": "curation",
     "score": "scores",
     "write_dataset": "io",
-    "write_predictions": "predictions",
+    "write_predictions": "formats.resultwriter",
 }
 
 __all__ = [
+    "Choice",
     "Comparison",
     "Dataset",
     "Detections",
     "DetkitError",
+    "Float",
+    "Int",
     "Model",
     "Predictor",
     "Run",
     "Sample",
     "Scores",
+    "Study",
     "Trainer",
+    "Tuner",
     "__version__",
     "check",
     "compare",
@@ -59,7 +71,9 @@ __all__ = [
     "export",
     "merge",
     "open_run",
+    "open_study",
     "plot",
+    "plot_study",
     "read_dataset",
     "read_predictions",
     "remap",
@@ -81,14 +95,19 @@ if TYPE_CHECKING:
     from detkit.errors import DetkitError
     from detkit.evaluation import evaluate
     from detkit.exporting import export
+    from detkit.formats.resultwriter import write_predictions
     from detkit.io import read_dataset, write_dataset
     from detkit.job import Model
     from detkit.learning_curves import plot
-    from detkit.predictions import read_predictions, write_predictions
+    from detkit.predictions import read_predictions
     from detkit.predictor import Predictor
     from detkit.runs import Run
     from detkit.scores import Scores, score
+    from detkit.spaces import Choice, Float, Int
+    from detkit.studies import Study, open_study
+    from detkit.study_plots import plot_study
     from detkit.trainer import Trainer
+    from detkit.tuner import Tuner
 
 
 def __getattr__(name: str) -> Any:

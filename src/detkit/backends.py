@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
-from msgspec import Meta
+from msgspec import Meta, to_builtins
 
-from detkit import environments, trust, usercode
+from detkit import environments, launching, trust, usercode
 from detkit.data import Dataset
 from detkit.detections import Detections
 from detkit.dialects import Dialect
@@ -28,10 +28,13 @@ from detkit.environments import Environment
 from detkit.errors import PluginError, UnknownName, Unsupported, UsageError
 from detkit.images import Image
 from detkit.job import Job, Model, Trained, Workspace
+from detkit.natives import Adopted
 from detkit.params import Options, Params
 from detkit.plans import Plan
 from detkit.processes import WorkerDetector, export_in_worker, worker_command
 from detkit.runs import LocalRun, Run
+from detkit.spaces import Range, suggested
+from detkit.tuning import Mode, Search, TuningJob, metrics_of_loops
 from detkit.usercode import UserCode
 
 API = 1
@@ -64,6 +67,31 @@ class LocalOptions(Options, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=0)] | Literal["auto"],
         Meta(description="threads that decode images ahead of the training step"),
     ] = "auto"
+
+
+class SeveralOptions(LocalOptions, frozen=True, kw_only=True):
+    """Options of a backend whose engine trains one model in several processes, which torchrun starts."""
+
+    gpus: Annotated[
+        Annotated[int, Meta(ge=1)] | Literal["all"] | None,
+        Meta(description="GPUs of each machine to train on, a process for each; all: as many as there are"),
+    ] = None
+    processes: Annotated[int, Meta(ge=1, description="processes of each machine that train together on its CPU")] = 1
+    nodes: Annotated[int, Meta(ge=1, description="machines that train together")] = 1
+    rendezvous: Annotated[str, Meta(description="HOST:PORT of one of several machines, where they find each other")] = (
+        ""
+    )
+    max_restarts: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="on one machine: how often all start again from the last checkpoint when one is lost",
+        ),
+    ] = 3
+    compress_gradients: Annotated[
+        Literal["none", "bf16", "fp16"],
+        Meta(description="what gradients are sent as between processes: half the bytes, for a slow network"),
+    ] = "none"
 
 
 class Detector(Protocol):
@@ -116,6 +144,8 @@ class ModelSpec:
     """Licence of those weights."""
     losses: tuple[str, ...] = ()
     """What the training loss is the sum of: ``train/<name>`` and, in validation, ``val/loss_<name>``."""
+    space: Mapping[str, Range] | None = None
+    """What a tuner searches unless told; None: around the defaults, see `detkit.spaces.suggested`."""
 
 
 class Suggestion(NamedTuple):
@@ -174,6 +204,10 @@ class Backend(ABC):
     options: type[Options]
     formats: tuple[str, ...] = ()
     """Export formats."""
+    quantized: tuple[str, ...] = ()
+    """Those of `formats` that lose precision: `detkit.exporting` hands them images, and keeps them only by their AP."""
+    opens: tuple[str, ...] = ()
+    """Endings of the bare files that `read_model` takes, e.g. ``(".onnx",)``."""
     dialects: tuple[Dialect, ...] = ()
     """Other tools' hyperparameters that it understands, for ``like=``."""
     deploy_options: type[Options] | None = None
@@ -182,6 +216,9 @@ class Backend(ABC):
     """Whether a run can end with the process that started it."""
     commands: str = ""
     """``"package.module:app"``, a typer app of its own: the verbs of ``detkit <name>``."""
+    samplers: tuple[str, ...] = ()
+    """With which the place searches for the best parameters by itself, see `tune`; the first is what it does unless
+    told. Where there are none, `detkit.Tuner` starts each trial as a run."""
 
     @abstractmethod
     def start(self, job: Job, workspace: Workspace, *, leash: bool) -> Run:
@@ -219,6 +256,10 @@ class Backend(ABC):
         """Write a finished model into a folder, in one of `formats`, and return the main file."""
         raise Unsupported(f"backend {self.name!r} exports nothing")
 
+    def read_model(self, file: Path) -> Model:
+        """Return a bare file, of `opens`, as a model. Raises `UsageError` where it says too little to be one."""
+        raise Unsupported(f"backend {self.name!r} opens no bare files")
+
     def deploy(self, model: Model, options: Options) -> Endpoint:
         """Let a finished model answer. With `deploy_options` only."""
         raise Unsupported(f"backend {self.name!r} deploys nothing")
@@ -241,8 +282,32 @@ class Backend(ABC):
     def require(self, model: str, params: Params, options: Options) -> None:  # noqa: B027 - most places need nothing of this machine
         """Raise before any data is read when what the engine needs is not here. Nothing to check by default."""
 
-    def require_data(self, model: str, channels: Mapping[str, Dataset]) -> None:  # noqa: B027 - most models take any data
+    def require_data(self, model: str, params: Params, channels: Mapping[str, Dataset]) -> None:  # noqa: B027 - most take any data
         """Raise before a run is started for data that a model cannot learn from. Nothing to check by default."""
+
+    def space(self, model: str) -> Mapping[str, Range]:
+        """Return what a tuner searches unless told."""
+        spec = self.spec(model)
+        return suggested(spec.params) if spec.space is None else spec.space
+
+    def tuning_metrics(self, model: str) -> Mapping[str, Mode]:
+        """Return what a search can judge trials by, as runs log it, and which way is better; the usual one first."""
+        return metrics_of_loops(self.spec(model).losses)
+
+    def plan_tuning(self, job: Job, workspace: Workspace, search: Search) -> Plan:
+        """Return what `tune` would do with a job that is laid out. Creates nothing, costs nothing."""
+        raise Unsupported(f"backend {self.name!r} does not search by itself")
+
+    def tune(self, job: Job, workspace: Workspace, search: Search) -> TuningJob:
+        """Start a search with one of `samplers` over the parameters of a job that is laid out, as for `start`.
+
+        ``job.params`` are those of every trial, but for what is searched.
+        """
+        raise Unsupported(f"backend {self.name!r} does not search by itself")
+
+    def attach_tuning(self, workspace: Workspace) -> TuningJob:
+        """Find the search again that `tune` started, from the directory that it was given."""
+        raise Unsupported(f"backend {self.name!r} does not search by itself")
 
     def suggest(self) -> Suggestion | None:
         """Answer ``model="auto"`` for this machine; None where the backend is no candidate."""
@@ -251,6 +316,13 @@ class Backend(ABC):
     def translate(self, model: str, params: Params) -> Mapping[str, str]:
         """Return what the framework will be told for each parameter whose name or value differs there."""
         return {}
+
+    def adopt(self, model: str, keys: Mapping[str, str], given: Mapping[str, Any]) -> Adopted:
+        """Return what native keys mean, beside the parameters that were given. Raises `UsageError` for unknown ones.
+
+        Asked where the model's parameters have the field ``overrides``, see `detkit.natives`.
+        """
+        return Adopted(keys)
 
     def spec(self, model: str) -> ModelSpec:
         """Return a model's entry. Raises `UnknownName` with a did-you-mean."""
@@ -280,14 +352,17 @@ class LocalBackend(Backend):
     incremental: bool = False
     """Whether training can start from another model, classes matched by name."""
     formats: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ()
     gaps: Mapping[str, str] = field(default_factory=dict)
     """Cases of `detkit.testing.BackendTests` that fail, with the reason; one that passes after all is an error."""
     dialects: tuple[Dialect, ...] = ()
     suggestion: Callable[[], Suggestion | None] | None = None
     translation: Callable[[str, Params], Mapping[str, str]] | None = None
+    adoption: Callable[[str, Mapping[str, str], Mapping[str, Any]], Adopted] | None = None
+    """What `Backend.adopt` does."""
     requirement: Callable[[str, Params], None] | None = None
     """Raises when something that a model and its parameters need is not here, e.g. its weights."""
-    data_requirement: Callable[[str, Mapping[str, Dataset]], None] | None = None
+    data_requirement: Callable[[str, Params, Mapping[str, Dataset]], None] | None = None
     """Raises for data, by channel, that a model cannot learn from, e.g. without masks."""
     api: int = API
     """The version of this contract that the plugin was written for."""
@@ -301,12 +376,13 @@ class LocalBackend(Backend):
 
     def require(self, model: str, params: Params, options: Options) -> None:
         self.interpreter(getattr(options, "python", None))
+        launching.check(to_builtins(options))
         if self.requirement is not None:
             self.requirement(model, params)
 
-    def require_data(self, model: str, channels: Mapping[str, Dataset]) -> None:
+    def require_data(self, model: str, params: Params, channels: Mapping[str, Dataset]) -> None:
         if self.data_requirement is not None:
-            self.data_requirement(model, channels)
+            self.data_requirement(model, params, channels)
 
     def engine_of(self, model: str) -> str:
         return self.engine
@@ -318,8 +394,25 @@ class LocalBackend(Backend):
         self._refuse_other_engine(job.engine, workspace.path)
         trust.of_job(job, workspace)
         python = self.interpreter(job.options.get("python"))
-        command = worker_command(python, self.name, str(workspace.path))
+        command = self._command(python, job, workspace)
         return LocalRun.start(workspace, command, leash=leash, restart=self._restart(workspace))
+
+    def joining(self, workspace: Workspace) -> list[str]:
+        """Return the command with which another machine, which sees the run directory, takes part in a run.
+
+        Raises `UsageError` for a run on one machine.
+        """
+        job = workspace.job()
+        self._refuse_other_engine(job.engine, workspace.path)
+        trust.of_job(job, workspace)
+        if job.options.get("nodes", 1) == 1:
+            raise UsageError(f"{workspace.path} trains on one machine; start one with nodes= and rendezvous=")
+        return self._command(self.interpreter(job.options.get("python")), job, workspace)
+
+    def _command(self, python: str, job: Job, workspace: Workspace) -> list[str]:
+        command = worker_command(python, self.name, str(workspace.path))
+        several = launching.launches(job.options)
+        return launching.command(python, command, job.options, workspace.path) if several else command
 
     def attach(self, workspace: Workspace) -> LocalRun:
         return LocalRun(workspace, self._restart(workspace))
@@ -375,9 +468,19 @@ class LocalBackend(Backend):
     def translate(self, model: str, params: Params) -> Mapping[str, str]:
         return self.translation(model, params) if self.translation else {}
 
+    def adopt(self, model: str, keys: Mapping[str, str], given: Mapping[str, Any]) -> Adopted:
+        return self.adoption(model, keys, given) if self.adoption else Adopted(keys)
+
     def missing(self) -> list[str]:
         """Return the modules of `requires` that this interpreter lacks."""
         return [name for name in self.requires if importlib.util.find_spec(name) is None]
+
+    @property
+    def installation(self) -> str:
+        """The command that gives this backend what its engine needs."""
+        if self.environment is None:
+            return self.install
+        return f"detkit backends install {self.name}" + (" --source PATH" if self.environment.checkout else "")
 
     @property
     def variable(self) -> str:
@@ -401,10 +504,11 @@ class LocalBackend(Backend):
                 return sys.executable
             if last is not None:
                 return last
-            install = f"detkit backends install {self.name}" if self.environment else self.install
+            whose = ", PATH being your checkout of it" if self.environment and self.environment.checkout else ""
             raise PluginError(
                 f"backend {self.name!r} needs {', '.join(self.missing())}, which this Python does not have; "
-                f"install it with `{install}`, or name another interpreter with python= or {self.variable}"
+                f"install it with `{self.installation}`{whose}, or name another interpreter with python= or "
+                f"{self.variable}"
             )
         found = shutil.which(chosen)
         if found is None:

@@ -7,7 +7,7 @@ convert at their own edge.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,51 @@ def iou(a: Boxes, b: Boxes) -> NDArray[np.float64]:
     union = area(a)[:, None] + area(b)[None, :] - intersection
     overlap: NDArray[np.float64] = np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
     return overlap
+
+
+def nms(
+    boxes: NDArray[np.floating[Any]],
+    scores: NDArray[np.floating[Any]],
+    labels: NDArray[np.int64],
+    threshold: float,
+    *,
+    class_candidates: int | None = None,
+    limit: int | None = None,
+) -> NDArray[np.int64]:
+    """Return the rows that non-maximum suppression within each class keeps, best score first, at most ``limit``.
+
+    A box goes where its intersection over union with a kept, higher-scored box of its class exceeds ``threshold``. Only
+    the best ``class_candidates`` of each class take part. It is computed in the precision of ``boxes``, and takes
+    ``limit`` times the candidates of a class at most, however many there are.
+
+    >>> square = [0.0, 0.0, 4.0, 4.0]
+    >>> nms(np.array([square, square, square]), np.array([0.5, 0.9, 0.4]), np.array([0, 0, 1]), 0.5).tolist()
+    [1, 2]
+    """
+    by_class = np.lexsort((-scores, labels))  # stable, so that equal scores keep their order
+    boxes, scores, labels = boxes[by_class], scores[by_class], labels[by_class]
+    starts = np.flatnonzero(np.diff(labels, prepend=labels[:1] - 1))
+    ends = np.repeat([*starts[1:], len(labels)], np.diff([*starts, len(labels)])) if len(labels) else labels
+    alive = np.ones(len(labels), dtype=np.bool_)
+    if class_candidates is not None and len(labels):
+        rank = np.arange(len(labels)) - np.repeat(starts, np.diff([*starts, len(labels)]))
+        alive = rank < class_candidates
+        ends = np.minimum(ends, np.arange(len(labels)) - rank + class_candidates)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    kept: list[int] = []
+    order = np.flatnonzero(alive)
+    for i in order[np.lexsort((by_class[order], -scores[order]))].tolist():
+        if not alive[i]:
+            continue
+        if len(kept) == limit:
+            break
+        kept.append(i)
+        rest = slice(i + 1, int(ends[i]))
+        sides = np.minimum(boxes[rest, 2:], boxes[i, 2:]) - np.maximum(boxes[rest, :2], boxes[i, :2])
+        np.maximum(sides, 0, out=sides)
+        shared = sides[:, 0] * sides[:, 1]
+        alive[rest] &= ~(shared > threshold * (areas[rest] + areas[i] - shared))
+    return by_class[kept] if kept else np.empty(0, dtype=np.int64)
 
 
 def orient(boxes: Boxes, orientation: int, width: float, height: float) -> Boxes:

@@ -42,6 +42,9 @@ def open_run(name: str | Path) -> Run:
     for path in (Path(name),) if is_path else (Path(name), runs_folder() / name):
         if (path / "run.json").is_file():
             return _attach(path)
+    for path in (Path(name), runs_folder() / name):
+        if (path / "study.json").is_file():
+            raise UsageError(f"{path} is a study of many runs; see `detkit studies show {path}`")
     if Path(name).is_dir():
         raise UsageError(f"{name} holds no run: there is no run.json in it")
     raise UnknownName("run", str(name), [run.name for run in list_runs()], "`last` and `best` are names, too")

@@ -21,7 +21,8 @@
     ├── UserCodeFailed              3   a module of the user's own raised an error
     ├── RunFailed                   3   training ended in an error; carries the log's tail
     │   └── WorkerDied              3   the worker process vanished without a word
-    └── NonFiniteLoss               3   raised by engines, reaches users as RunFailed
+    ├── NonFiniteLoss               3   raised by engines, reaches users as RunFailed
+    └── ExportDiffers               1   an exported model does not find what the original finds
 
 A message says what happened, what was expected or is known, and what to type next.
 Anything that is not a `DetkitError` is a bug in detkit or a plugin and keeps its traceback.
@@ -258,6 +259,24 @@ class OutOfMemory(DetkitError):
         """``batch_size`` counts the images of one pass; ``fits`` says what would fit, as far as that is known."""
         super().__init__(
             f"out of memory: {batch_size} images at once at image_size={image_size} do not fit on {device}. {fits}"
+        )
+
+
+class ExportDiffers(DetkitError):
+    """An exported model does not find what the original finds, or loses too much by being quantized."""
+
+    exit_code = 1
+
+    def __init__(self, name: str, faults: Sequence[str], numbers: str, worst: str, *, quantized: bool) -> None:
+        """``numbers`` are all that was measured; ``worst`` is the image with most disagreement."""
+        self.faults = list(faults)
+        advice = (
+            "calibrate on more images, allow more with max_ap_drop, or export it without quantizing"
+            if quantized
+            else "predict on that image with the original, and with an export without verify, to see where"
+        )
+        super().__init__(
+            f"{name} was not kept: {'; '.join(faults)}. most differs in {worst}; {advice}. measured:\n{numbers}"
         )
 
 

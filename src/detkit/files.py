@@ -24,7 +24,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 
 def inside(relative: str) -> Path:
@@ -60,6 +60,20 @@ def place(source: str | Path, target: str | Path, *, lasting: bool = False) -> N
                 return
         with atomic_write(target) as file, file_there.open("rb") as original:
             shutil.copyfileobj(original, file)
+
+
+def place_all(source: Path, target: Path, but: Collection[str] = ()) -> None:
+    """Make every file below a folder appear in another, except what is in ``but``, some of its own folders.
+
+    ``source`` may go afterwards: of what lies in it there is a hard link, else a copy. Its symbolic links lead to the
+    user's own images, and stay such.
+    """
+    for folder, folders, files in os.walk(source):
+        if Path(folder) == source:
+            folders[:] = [name for name in folders if name not in but]
+        for name in files:
+            file = Path(folder, name)
+            place(file, target / file.relative_to(source), lasting=not file.is_symlink())
 
 
 @contextlib.contextmanager

@@ -1,11 +1,14 @@
 """Reading one image: always uint8, height x width x RGB, turned the way EXIF says it should be seen.
 
-A path is that of a file, or of an image in a RecordIO pack: ``train.rec#12345``, see `detkit.recordio`.
+A path is that of a file, of an image in a RecordIO pack, ``train.rec#12345``, see `detkit.recordio`, or of a frame of a
+video, ``street.mp4#12``, see `detkit.videos`.
 """
 
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -14,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL import UnidentifiedImageError
 
-from detkit import remote
+from detkit import remote, videos
 from detkit.errors import BrokenRecord, ImageError, UsageError
 from detkit.files import place
 from detkit.recordio import packed, packed_image
@@ -88,6 +91,9 @@ def read_image(source: str | Path | bytes, name: str = "") -> Image:
     for a missing, truncated or foreign file and for images above Pillow's decompression-bomb limit.
     """
     label = name or ("<bytes>" if isinstance(source, bytes) else str(source))
+    frame = None if isinstance(source, bytes) else videos.numbered(source)
+    if frame is not None:
+        return videos.read_frame(*frame)
     try:
         with PillowImage.open(_readable(source)) as image:
             return to_array(image, label)
@@ -114,13 +120,37 @@ def to_array(image: PillowImage.Image, name: str = "<image>") -> Image:
 
 def list_images(folder: Path) -> list[Path]:
     """Return the image files below a folder, hidden ones left out, in sorted order."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    return [Path(path) for path in map(_raised, walk_images(folder))]
+
+
+def _raised(found: str | ImageError) -> str:
+    if isinstance(found, ImageError):
+        raise found
+    return found
+
+
+def walk_images(folder: str | Path) -> Iterator[str | ImageError]:
+    """Yield what `list_images` returns, and the error of each folder that cannot be listed, in its place.
+
+    One folder's names are in memory at a time.
+    """
+    top = str(Path(folder))
+    yield from _walk("" if top == "." else top)
+
+
+def _walk(folder: str) -> Iterator[str | ImageError]:
+    try:
+        with os.scandir(folder or ".") as found:
+            entries = sorted((one for one in found if not one.name.startswith(".")), key=lambda one: one.name)
+    except OSError as error:
+        yield ImageError(folder or ".", _why(error))
+        return
+    for entry in entries:
+        path = os.path.join(folder, entry.name)  # noqa: PTH118 - many paths
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(path)
+        elif os.path.splitext(path)[1].lower() in EXTENSIONS and entry.is_file():  # noqa: PTH122
+            yield path
 
 
 def _orientation(image: PillowImage.Image) -> int:

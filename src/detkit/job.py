@@ -143,6 +143,8 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     """Versions of the frameworks."""
     hardware: dict[str, str] = {}
+    timings: dict[str, float] = {}
+    """Where the seconds of training went, see `detkit.timing.Clock.report`."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,6 +171,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     """Wall time of training, the time before a resume not counted."""
     artifacts: dict[str, Artifact]
+    timings: dict[str, float] = {}
+    """Where they went, of the process that wrote this; ``bytes_per_step`` are gradients sent to other processes."""
     dropped: dict[str, int] = {}
     parent: str = ""
     """sha256 of the parent's manifest, for incremental training."""
@@ -236,6 +240,8 @@ class Workspace:
         self.path = Path(path).absolute()
         self.stop_requested = False
         """Set by the worker when somebody asked it to stop; engines call `raise_if_stopped` at every step."""
+        self.is_silent = False
+        """Set by the worker where it is not the first of several that train together: that one's events are enough."""
 
     @property
     def run_file(self) -> Path:
@@ -383,6 +389,8 @@ class Workspace:
         Numbers that are not finite, such as the AP of images without objects, are left out: JSON has none. Where
         ``DETKIT_PRINT_EVENTS`` is 1, as in a container, the event is printed, too, see `detkit.events.to_line`.
         """
+        if self.is_silent:
+            return
         event = Event(t=time.time(), kind=kind, values=_finite(values), step=step, epoch=epoch)
         if os.environ.get("DETKIT_PRINT_EVENTS") == "1":
             print(to_line(event), flush=True)
@@ -440,6 +448,7 @@ class Workspace:
                 p.relative_to(self.model).as_posix(): Artifact(sha256=file_sha256(p), bytes=p.stat().st_size)
                 for p in files
             },
+            timings=trained.timings,
             dropped=job.dropped,
             parent=parent,
             continued_from=job.continued_from,

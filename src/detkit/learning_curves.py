@@ -34,11 +34,11 @@ Points: TypeAlias = tuple[list[float], list[float]]
 ENDINGS = (".html", ".svg", ".png", ".pdf")
 
 # Those of the comparison page: told apart with the common kinds of colour blindness, and dark enough on white.
-_COLOURS = ("#0072b2", "#c2410c", "#117733", "#aa3f8f", "#8a6d00", "#2a9d96", "#882255", "#4b3fae")
-_INK, _SOFT, _LINE = "#17202b", "#48566a", "#dde3ea"
-_STYLE: Any = {
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _SOFT,
+COLOURS = ("#0072b2", "#c2410c", "#117733", "#aa3f8f", "#8a6d00", "#2a9d96", "#882255", "#4b3fae")
+INK, SOFT, LINE = "#17202b", "#48566a", "#dde3ea"
+STYLE: Any = {
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
@@ -48,13 +48,16 @@ _STYLE: Any = {
     "font.size": 9.5,
     "svg.fonttype": "none",
     "svg.hashsalt": "detkit",
-    "text.color": _INK,
+    "text.color": INK,
     "text.parse_math": False,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
 }
+UNDATED: Any = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+"""Metadata of pictures that are the same whenever they are drawn."""
+
 _SMOOTH_FROM, _SMOOTH_SHARE = 50, 1 / 30
 """Points from which on a loss is also drawn smoothly, and the share of them that each mean is taken over."""
 _LOG_FROM = 8.0
@@ -129,19 +132,14 @@ class LearningCurves:
 
     def figure(self) -> Figure:
         """Draw. Raises `Unsupported` where matplotlib is missing."""
-        try:
-            import matplotlib as mpl
-            from matplotlib.figure import Figure
-            from matplotlib.layout_engine import ConstrainedLayoutEngine
-        except ImportError as error:
-            raise Unsupported(
-                f"curves are drawn by matplotlib, which is not here ({error}); install it with: "
-                "pip install 'detkit-sdk[plot]'"
-            ) from None
+        mpl = import_matplotlib()
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+
         panels = self.panels
         columns = min(3 if len(panels) != 4 else 2, len(panels))
         rows = math.ceil(len(panels) / columns)
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context(STYLE):
             height = 2.7 * rows + 0.25 * math.ceil((len(self.runs) + 2) / 2) + 0.2
             spaced = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.09)
             figure = Figure(figsize=(max(4.1 * columns, 6.2), height), layout=spaced)
@@ -160,8 +158,8 @@ class LearningCurves:
         from matplotlib.ticker import MaxNLocator
 
         title = quantity.replace("_", " ")
-        axis.set_title(title[:1].upper() + title[1:], color=_INK)
-        axis.grid(axis="y", color=_LINE, linewidth=0.8)
+        axis.set_title(title[:1].upper() + title[1:], color=INK)
+        axis.grid(axis="y", color=LINE, linewidth=0.8)
         axis.set_axisbelow(True)
         for run, colour in zip(self.runs, self._colours(), strict=True):
             for name in names:
@@ -186,7 +184,7 @@ class LearningCurves:
         names = [name for run in self.runs for name in run.series]
         if any(name.startswith("val/") and f"train/{_quantity(name)}" in names for name in names):
             labels += ["training", "validation"]
-            lines += [Line2D([], [], color=_SOFT), Line2D([], [], color=_SOFT, linestyle=(0, (4, 2)))]
+            lines += [Line2D([], [], color=SOFT), Line2D([], [], color=SOFT, linestyle=(0, (4, 2)))]
         wide = max(map(len, labels)) > 48
         legend = figure.legend(
             lines, [""] * len(lines), loc="outside upper left", ncols=1 if wide else 2, frameon=False, fontsize=10
@@ -202,20 +200,17 @@ class LearningCurves:
         return f"{run.name}{going_on}: best {run.judge.removeprefix('val/')} {value:.3f} at {self.position} {place:.4g}"
 
     def _colours(self) -> list[Any]:
-        if len(self.runs) <= len(_COLOURS):
-            return list(_COLOURS[: len(self.runs)])
+        if len(self.runs) <= len(COLOURS):
+            return list(COLOURS[: len(self.runs)])
         from matplotlib import colormaps
 
         return list(colormaps["viridis"](np.linspace(0, 0.92, len(self.runs))))
 
     def _picture(self, kind: str) -> bytes:
         figure = self.figure()
-        import matplotlib as mpl
-
         stream = io.BytesIO()
-        undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-        with mpl.rc_context(_STYLE):
-            figure.savefig(stream, format=kind, facecolor="white", metadata=undated.get(kind))
+        with import_matplotlib().rc_context(STYLE):
+            figure.savefig(stream, format=kind, facecolor="white", metadata=UNDATED.get(kind))
         return stream.getvalue()
 
     def _inline(self) -> str:
@@ -223,16 +218,8 @@ class LearningCurves:
         return drawn[drawn.index("<svg") :]
 
     def _page(self) -> str:
-        title = text(" vs ".join(run.name for run in self.runs))
-        policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-        return (
-            f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{title}</title>\n<style>{_PAGE_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-            f"{self._inline()}\n{html_table(('run', 'model', 'status', *self._last_names()), self._rows())}\n"
-            "</body>\n</html>\n"
-        )
+        table = html_table(("run", "model", "status", *self._last_names()), self._rows())
+        return page(" vs ".join(run.name for run in self.runs), f"{self._inline()}\n{table}")
 
     def _last_names(self) -> list[str]:
         return [name for names in self.panels.values() for name in names if name != "train/learning_rate"]
@@ -280,6 +267,30 @@ def plot(
     if to is not None:
         curves.save(to)
     return curves
+
+
+def import_matplotlib() -> Any:
+    """Import matplotlib. Raises `Unsupported` with what to install."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise Unsupported(
+            f"curves are drawn by matplotlib, which is not here ({error}); install it with: "
+            "pip install 'detkit-sdk[plot]'"
+        ) from None
+    return mpl
+
+
+def page(title: str, body: str) -> str:
+    """Return a page in one file: ``title`` is untrusted text, ``body`` HTML."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(title)}</title>\n<style>{_PAGE_STYLE}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
+        f"{body}\n</body>\n</html>\n"
+    )
 
 
 def refuse_ending(path: Path) -> None:

@@ -79,6 +79,13 @@ Amp: TypeAlias = Annotated[
     Literal["bf16", "fp16"],
     Meta(description="automatic mixed precision: what matrix products are computed in; fp16 needs a GPU"),
 ]
+AutoAmp: TypeAlias = Annotated[
+    Literal["bf16", "fp16", "auto"],
+    Meta(
+        description="automatic mixed precision: what matrix products are computed in; fp16 needs a GPU; auto: bf16 on "
+        "a GPU that has it, and on a CPU where tune_step=auto finds it faster"
+    ),
+]
 FrozenStages: TypeAlias = Annotated[
     int, Meta(ge=0, description="stages of the backbone, from the image on, whose weights stay as they are")
 ]
@@ -183,7 +190,7 @@ CANONICAL: Mapping[str, Any] = {
 }
 """Every canonical name and its type; a plugin that uses a name uses its type (`BackendTests` checks)."""
 
-VARIANTS: Mapping[str, Any] = {"batch_size": AutoBatchSize, "anchor_sizes": AutoAnchorSizes}
+VARIANTS: Mapping[str, Any] = {"batch_size": AutoBatchSize, "anchor_sizes": AutoAnchorSizes, "amp": AutoAmp}
 """Types that a plugin may give a canonical name instead, as its engine can do more."""
 
 INSTEAD: Mapping[str, str] = {"iterations": "epochs", "warmup_iterations": "warmup_epochs"}

@@ -45,7 +45,10 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 """Of the tables; part of the files' names."""
-_OWN_CODE = ("backends", "boxes", "detections", "images", "predictor", "recordio", "wire", "worker")
+_OWN_CODE = (
+    "backends", "boxes", "detections", "graphs", "images", "masks", "predictor", "recordio", "resizing", "sources",
+    "videos", "wire", "worker",
+)  # fmt: skip
 """What of detkit itself stands between an image file and the detections on it."""
 _COLUMNS = "settings blob, image blob, width integer, height integer, found blob, seconds real, device text"
 _DAMAGED = {11: "database disk image is malformed", 26: "file is not a database"}
@@ -329,8 +332,9 @@ def _is_damage(error: sqlite3.Error) -> bool:
 
 
 def _needs(model: Model) -> dict[str, str]:
-    """Return the versions of the distributions that are called as what the engine needs, where they are known.
+    """Return the versions of the distributions that hold what the engine needs, where they are known.
 
+    They are called as the module is, or have more behind the name, as onnxruntime-gpu; all of them where there are two.
     They are those of the interpreter that opens the model. Which framework trained it, its manifest says, and each has
     a database of its own.
     """
@@ -348,6 +352,11 @@ def _needs(model: Model) -> dict[str, str]:
     for name in backend.requires:
         with contextlib.suppress(Exception):  # none of this name, or its metadata is not whole
             found[name] = next(iter(importlib.metadata.distributions(name=name, path=folders))).version
+        for place in sorted(place for folder in folders for place in Path(folder).glob(f"{name}_*.dist-info")):
+            with contextlib.suppress(Exception):
+                variant = importlib.metadata.PathDistribution(place)
+                if name in (variant.read_text("top_level.txt") or "").split():
+                    found[place.name.partition("-")[0]] = variant.version
     return found
 
 

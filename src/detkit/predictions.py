@@ -1,4 +1,4 @@
-"""What models found, read from files of any tool and written for any: COCO's results, and lines of JSON.
+"""What models found, read from files of any tool: COCO's results, and lines of JSON.
 
 Nothing is guessed. An image is known by its name, or by the id it has in the COCO file that the data comes from; a
 class by its name, or by an id that somebody has said the name of.
@@ -13,23 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
 import numpy as np
 
 from detkit import remote
-from detkit.boxes import xyxy_to_xywh
 from detkit.detections import Detections
-from detkit.errors import ClassMismatch, DetkitWarning, InvalidData, UsageError, did_you_mean
-from detkit.files import atomic_write
-from detkit.formats.coco import written_ids
+from detkit.errors import DetkitWarning, InvalidData, UsageError, did_you_mean
 from detkit.formats.findings import Finding, raise_errors
 from detkit.formats.identities import AMBIGUOUS, CocoIds, ImageNames
 from detkit.formats.jsonrecords import shown
-from detkit.formats.resultfiles import Result, ResultsFile
+from detkit.formats.resultfiles import ResultsFile
 from detkit.formats.resultmasks import mask_fault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -126,57 +122,6 @@ def _keys(text: str) -> Iterator[tuple[str, int]]:
             at = skip(skip(at) + 1)  # behind the colon
             yield str(key), at
             at = skip(decode(text, at)[1])
-
-
-def write_predictions(path: str | Path, data: Dataset, detections: Iterable[Detections]) -> Path:
-    """Write one `Detections` for each image of ``data``, in order, as COCO results; return the path.
-
-    It is the plain list that ``pycocotools``' ``COCO.loadRes`` takes. Ids are those that
-    ``write_dataset(data, ..., "coco")`` writes: those of the COCO file that the data was read from where these are
-    not simply 1, 2, 3 ..., else 1, 2, 3 ... in the order of images and classes. Each record also says ``file_name``
-    and ``category_name``, which other tools pass over and `read_predictions` goes by. The file appears as a whole or
-    not at all. Raises `UsageError` where the counts differ, `ClassMismatch` for a class that the data lacks,
-    `InvalidData` for numbers that JSON does not have, `StorageError`.
-    """
-    path = Path(path)
-    image_ids, category_ids = written_ids(data)
-    if len(set(image_ids)) < len(image_ids):
-        warnings.warn(
-            f"{path}: images of different splits have the same ids in their own files; write the predictions of each "
-            "split alone for tools that go by image_id",
-            DetkitWarning,
-            stacklevel=2,
-        )
-    images = list(zip(image_ids, data.image_ids, strict=True))
-    encoder, count, separator = msgspec.json.Encoder(), 0, b"["
-    with atomic_write(path) as file:
-        for count, found in enumerate(detections, start=1):
-            if count > len(images):
-                break
-            records = _results(found, *images[count - 1], category_ids)
-            if records:
-                file.write(separator + b",\n".join(map(encoder.encode, records)))
-                separator = b",\n"
-        if count != len(images):
-            more = "more" if count > len(images) else f"{count}"
-            raise UsageError(f"{more} detections for {len(images)} images; expected one for each, in order")
-        file.write(b"[]\n" if separator == b"[" else b"]\n")
-    return path
-
-
-def _results(found: Detections, image_id: Id, file_name: str, category_ids: Mapping[str, Id]) -> list[Result]:
-    unknown = list(dict.fromkeys(name for name in found.names if name not in category_ids))
-    if unknown:
-        raise ClassMismatch(f"detections on {file_name}", list(category_ids), [*category_ids, *unknown])
-    if not (np.isfinite(found.boxes).all() and np.isfinite(found.scores).all()):
-        raise InvalidData(f"detections on {file_name} hold numbers that are not finite; JSON does not have those")
-    masks = found.masks if found.masks is not None else (None,) * len(found)
-    return [
-        Result(image_id, category_ids[name], tuple(box), score, mask, file_name, name)
-        for name, box, score, mask in zip(
-            found.names, xyxy_to_xywh(found.boxes).tolist(), found.scores.tolist(), masks, strict=True
-        )
-    ]
 
 
 class _Reading:

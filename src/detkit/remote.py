@@ -73,6 +73,16 @@ def exists(url: str) -> bool:
         return bool(files.exists(path))
 
 
+def find(url: str) -> list[str]:
+    """Return the URLs of all files at or below one, sorted. Raises `UsageError` where there is none."""
+    files, path = _open(url)
+    with _explained(url):
+        found = [url] if files.isfile(path) else [str(files.unstrip_protocol(one)) for one in sorted(files.find(path))]
+    if not found:
+        raise UsageError(f"there is no file or folder {url}")
+    return found
+
+
 def read(url: str) -> bytes:
     """Return a file's bytes, from a copy in the cache where it has not changed. Raises `OSError`."""
     return local(url).read_bytes()

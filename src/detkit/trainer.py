@@ -107,8 +107,7 @@ class Trainer:
         **settings: Any,
     ) -> Run:
         """Start training and return at once; the worker goes on when this process ends, unless on a leash."""
-        layers = Settings({"train": train, "val": val, "test": test, "name": name, **settings}, self._constructor)
-        ready = _make_ready(layers)
+        ready = self.prepare(train, val, test, name=name, **settings)
         workspace = ready.lay_out(ready.path)
         try:
             if ready.code is not None:
@@ -119,6 +118,20 @@ class Trainer:
             if not workspace.run_file.is_file():  # else it was begun, and may go on elsewhere
                 shutil.rmtree(workspace.path, ignore_errors=True)
             raise
+
+    def prepare(
+        self,
+        train: Dataset | str | Path | None = None,
+        val: Dataset | str | Path | None = None,
+        test: Dataset | str | Path | None = None,
+        *,
+        name: str | None = None,
+        **settings: Any,
+    ) -> Ready:
+        """Return what `start` would lay out: settings resolved, data read and checked. Writes nothing."""
+        return _make_ready(
+            Settings({"train": train, "val": val, "test": test, "name": name, **settings}, self._constructor)
+        )
 
     def plan(
         self,
@@ -133,8 +146,7 @@ class Trainer:
 
         The data is read and checked as for training. Nothing is started, and nothing created but for a while.
         """
-        layers = Settings({"train": train, "val": val, "test": test, "name": name, **settings}, self._constructor)
-        ready = _make_ready(layers)
+        ready = self.prepare(train, val, test, name=name, **settings)
         with tempfile.TemporaryDirectory(prefix="detkit-plan-") as folder:
             workspace = ready.lay_out(Path(folder) / ready.path.name)
             plan = ready.resolved.backend.plan(ready.job, workspace)
@@ -218,13 +230,13 @@ def watch(run: Run, *, quiet: bool = False, since: int = 0) -> Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Ready:
+class Ready:
     """A job with its data, looked at, from which a run directory is laid out."""
 
     resolved: Resolved
     job: Job
     path: Path
-    """Of the run directory."""
+    """Of the run directory, which is not there yet."""
     gathered: Gathered
     told: list[str]
     parent: Model | None
@@ -250,7 +262,7 @@ class _Ready:
         return workspace
 
 
-def _make_ready(layers: Settings) -> _Ready:
+def _make_ready(layers: Settings) -> Ready:
     """Resolve all settings, read the data and check both. Raises everything that can be known before a start."""
     resolved = resolve(layers)
     if resolved.rehearsal is not None:
@@ -269,7 +281,7 @@ def _make_ready(layers: Settings) -> _Ready:
     if own_code is not None:
         told.append(f"code {own_code.source}: {len(own_code.files)} files, sha256 {own_code.digest[:12]}...")
     channels = {channel: ready.data for channel, ready in found.prepared.items()}
-    resolved.backend.require_data(resolved.model, channels)
+    resolved.backend.require_data(resolved.model, resolved.params, channels)
     params = _with_auto_detections(params, channels["train"])
     job = Job(
         backend=resolved.backend.name,
@@ -286,7 +298,7 @@ def _make_ready(layers: Settings) -> _Ready:
     )
     name = layers.get("name")
     path = catalog.new_run_path(resolved.model, name.value if name else None)
-    return _Ready(resolved=resolved, job=job, path=path, gathered=found, told=told, parent=parent, code=own_code)
+    return Ready(resolved=resolved, job=job, path=path, gathered=found, told=told, parent=parent, code=own_code)
 
 
 def _with_auto_detections(params: Params, train: Dataset) -> Params:

@@ -39,7 +39,7 @@ import pytest
 import yaml
 
 import detkit
-from detkit import hookspecs, job, params, plugins
+from detkit import hookspecs, job, params, plugins, studies, tuning
 from detkit.formats import COLUMNS
 from detkit.shapes import write_shapes
 
@@ -362,6 +362,8 @@ def test_every_field_is_documented() -> None:
         job.Artifact: "manifest.md",
         job.Event: "run-directory.md",
         job.Job: "run-directory.md",
+        studies.StudyRecord: "run-directory.md",
+        tuning.Search: "run-directory.md",
     }.items():
         assert first_cells(page, f"`{struct.__name__}`") == list(struct.__struct_fields__), struct
 

@@ -30,6 +30,7 @@ from detkit.cli import (
     prediction,
     runs,
     training,
+    tuning,
 )
 from detkit.errors import DetkitError
 
@@ -57,6 +58,7 @@ _OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 for verb in (check.check, curation.convert, curation.split, curation.merge, curation.sample, curation.remap):
     app.command(context_settings=_OPEN)(verb)
 app.command(context_settings=_OPEN)(training.train)
+app.command(context_settings=_OPEN)(tuning.tune)
 app.command()(prediction.predict)
 app.command()(evaluation.evaluate)
 app.command()(comparison.compare)
@@ -65,6 +67,7 @@ app.command()(export.export)
 app.command()(models.models)
 app.command(context_settings=_OPEN)(training.explain)
 app.add_typer(runs.app, name="runs")
+app.add_typer(tuning.app, name="studies")
 app.add_typer(backends.app, name="backends")
 app.command(context_settings=_OPEN)(places.deploy)
 app.add_typer(places.app, name="endpoints")

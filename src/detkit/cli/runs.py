@@ -174,6 +174,24 @@ def attach(
 
 
 @app.command()
+def join(run: RunName) -> None:
+    """Take part in a run that was started with --nodes on another machine; its folder has to lie where both see it."""
+    from detkit import catalog, plugins
+    from detkit.backends import LocalBackend
+    from detkit.errors import Unsupported, UsageError
+    from detkit.processes import worker_environment
+
+    found = catalog.open_run(run)
+    backend = plugins.backend(found.job.backend)
+    if not isinstance(backend, LocalBackend):
+        raise Unsupported(f"runs of backend {backend.name!r} find their machines by themselves")
+    command = backend.joining(found.workspace)
+    if found.status != "running":
+        raise UsageError(f"run {messages.shown(found.path)} is {found.status}; start it, and join it while it waits")
+    os.execvpe(command[0], command, worker_environment(command[0]))
+
+
+@app.command()
 def stop(
     run: RunName,
     as_json: Json = False,

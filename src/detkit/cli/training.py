@@ -99,7 +99,7 @@ def train(
     """
     from detkit.trainer import watch
 
-    given = sort_words([*(words or []), *context.args], _own_flags(context))
+    given = sort_words([*(words or []), *context.args], own_flags(context))
     if yes:
         given.settings["yes"] = "true"
     own: dict[str, Any] = {"model": model, "backend": backend, "like": like, "name": name, "on_invalid": on_invalid}
@@ -139,7 +139,7 @@ def train(
 def _start(given: Words, own: dict[str, Any], *, test: str | None, data_format: str | None, detach: bool) -> "Run":
     from detkit.trainer import Trainer
 
-    return Trainer(**own).start(*_data(given, test, data_format), leash=not detach, **given.settings)
+    return Trainer(**own).start(*read_data(given, test, data_format), leash=not detach, **given.settings)
 
 
 def _print_plan(given: Words, own: dict[str, Any], *, test: str | None, data_format: str | None, as_json: bool) -> None:
@@ -148,7 +148,7 @@ def _print_plan(given: Words, own: dict[str, Any], *, test: str | None, data_for
 
     if own.pop("resume") is not None:
         raise UsageError("--dry-run plans a new run; leave out --resume")
-    plan = Trainer(**own).plan(*_data(given, test, data_format), **given.settings)
+    plan = Trainer(**own).plan(*read_data(given, test, data_format), **given.settings)
     if as_json:
         messages.print_json(plan.to_dict())
     else:
@@ -157,7 +157,7 @@ def _print_plan(given: Words, own: dict[str, Any], *, test: str | None, data_for
         raise typer.Exit(messages.FINDINGS)
 
 
-def _data(given: Words, test: str | None, data_format: str | None) -> list[Any]:
+def read_data(given: Words, test: str | None, data_format: str | None) -> list[Any]:
     from detkit.errors import UsageError
     from detkit.io import read_dataset
 
@@ -226,7 +226,7 @@ def explain(
     from detkit.errors import UsageError
     from detkit.trainer import Trainer
 
-    given = sort_words([*(words or []), *context.args], _own_flags(context))
+    given = sort_words([*(words or []), *context.args], own_flags(context))
     if given.positions:
         raise UsageError(f"explain takes no data, but got {', '.join(given.positions)}")
     found = Trainer(model=model, backend=backend, like=like).explain(**given.settings)
@@ -259,7 +259,7 @@ def _print_explanation(found: "Explanation") -> None:
         )
 
 
-def _own_flags(context: typer.Context) -> set[str]:
+def own_flags(context: typer.Context) -> set[str]:
     return {
         flag.removeprefix("--") for parameter in context.command.params for flag in parameter.opts if flag[:2] == "--"
     }

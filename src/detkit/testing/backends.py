@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 
 from detkit import plugins
-from detkit.backends import API, LocalBackend
+from detkit.backends import API, LocalBackend, SeveralOptions
 from detkit.detections import Detections
 from detkit.errors import DetkitError, RunExists, RunFailed, Unsupported
 from detkit.evaluation import evaluate
@@ -66,6 +66,9 @@ class BackendTests:
     """AP50 on the training images that a model trained with `learns` reaches at least."""
     diverges: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e30}
     """Parameters with which the loss soon is not finite."""
+    like_two: ClassVar[Mapping[str, Any]] = {}
+    """Settings with which one process does what two do together, e.g. ``{"grad_accumulation": 2}``; what is compared
+    then are the losses of every step. Left empty, the two have to agree with `settings` alone."""
     tolerance_px: ClassVar[float] = 0.01
     """How far boxes may differ between one image at a time and several; scores by a hundredth of it."""
 
@@ -107,7 +110,8 @@ class BackendTests:
         params = backend.spec(self.model).params
         hints = typing.get_type_hints(type(params), include_extras=True)
         for name in set(hints) & set(CANONICAL):
-            expected = {CANONICAL[name], typing.Optional[CANONICAL[name]], VARIANTS.get(name)}  # noqa: UP045
+            known = {CANONICAL[name], VARIANTS.get(name, CANONICAL[name])}
+            expected = known | {typing.Optional[one] for one in known}  # noqa: UP045
             assert hints[name] in expected, f"{name} is a canonical name: give it the type of detkit.params"
         assert msgspec.convert(msgspec.to_builtins(params), type(params)) == params
         names = [*params.__struct_fields__, *backend.options.__struct_fields__, *OWN_SETTINGS]
@@ -219,6 +223,18 @@ class BackendTests:
             pytest.skip(f"backend {self.backend!r} declares that it cannot resume")
         return declared
 
+    def test_two_processes_agree_with_one(self, jobs: Jobs) -> None:
+        """Each image is seen once, by one of them, the batch is the global one, and one of them writes."""
+        if not issubclass(plugins.backend(self.backend).options, SeveralOptions):
+            pytest.skip(f"backend {self.backend!r} trains in one process")
+        two, alone = jobs.fit("two", processes=2), jobs.fit("like two", **self.like_two)
+        for one, other in zip(_steps(two), _steps(alone), strict=True):
+            assert one == pytest.approx(other, rel=1e-4), "losses of a step"
+        assert two.model.manifest.data == alone.model.manifest.data
+        assert {"val/AP", "val/AP50"} <= set(two.metrics)
+        for found in jobs.predict(two):
+            _assert_well_formed(found, jobs.data.classes)
+
     def test_incremental_starts_from_the_parent(self, jobs: Jobs) -> None:
         """A model that saw one more step is nearly as good as its parent, though its classes are in another order."""
         if not getattr(plugins.backend(self.backend), "incremental", False):
@@ -325,9 +341,9 @@ class BackendTests:
             main = export(jobs.base, name, tmp_path / "deep" / name)
             assert main.is_file()
             assert main.parent == tmp_path / "deep" / name
-            again = {path.name: path.stat().st_size for path in main.parent.iterdir()}
+            files = {path.name for path in main.parent.iterdir()}
             assert export(jobs.base, name, main.parent) == main, "an export can be repeated"
-            assert {path.name: path.stat().st_size for path in main.parent.iterdir()} == again
+            assert {path.name for path in main.parent.iterdir()} == files
         with pytest.raises(Unsupported, match="papyrus"):
             export(jobs.base, "papyrus", tmp_path)
 
@@ -366,6 +382,12 @@ def _losses(run: Run) -> list[tuple[str, float, float]]:
         for name, value in row.items()
         if name.startswith(("train/loss", "val/"))
     ]
+
+
+def _steps(run: Run) -> list[dict[str, float]]:
+    """Return the training losses of a run, row by row."""
+    rows = [{n: v for n, v in row.items() if n == "step" or n.startswith("train/")} for row in run.history]
+    return [row for row in rows if len(row) > 1]
 
 
 def _best(run: Run) -> float:

@@ -1,0 +1,482 @@
+"""The trials of a study as runs: begun, watched, ended early where they are behind, and recorded with a proof."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from detkit import catalog, plugins, study_storage, trust
+from detkit.backends import Backend
+from detkit.errors import DetkitError, RunFailed, UsageError
+from detkit.events import Event
+from detkit.files import place_all
+from detkit.job import Job, Workspace
+from detkit.params import Params, set_fields
+from detkit.proofs import prove
+from detkit.searching import grid, make_pruner, make_sampler, share_of_money, suggest
+from detkit.spaces import Scalar, chosen, defaults_in, in_order
+from detkit.studies import Facts, Study, Trial, this_host
+from detkit.study_storage import import_optuna
+
+if TYPE_CHECKING:
+    import optuna
+
+    from detkit.runs import Run
+
+HELD_BACK = "test"
+"""The channel that no trial is given; it is laid beside a trial's others when its training has ended."""
+
+_POLL_S, _LOOK_S = 0.1, 2.0
+"""How often the runs are asked what is new, and the storage where there was nothing to begin."""
+_PATIENCE_S = 300.0
+"""How long a server may be silent."""
+_GIVEN_UP_AFTER = 3
+"""Trials that failed, where none has finished, after which the search ends."""
+
+
+_TAKEN = "others do it anew, as they had not heard of this process for long"
+
+
+class Watcher(Protocol):
+    """Who is told how the search goes."""
+
+    def changed(self, study: Study, progress: Mapping[int, str]) -> None:
+        """A trial began or ended, or came further: ``progress`` says how far each running one is."""
+
+    def said(self, message: str) -> None:
+        """There is something to read."""
+
+
+@dataclass
+class _Going:
+    """A trial whose run goes on."""
+
+    trial: optuna.Trial
+    values: dict[str, Scalar]
+    run: Run
+    slot: int
+    read: int = 0
+    """Bytes of events that were read."""
+    step: int = 0
+    total_steps: float = 0.0
+    pruned: bool = False
+    lost: bool = False
+    """Whether others, who had not heard of this process for long, do the trial anew."""
+    seen: set[int] = field(default_factory=set)
+    """The percents at which the metric was reported."""
+
+
+class Trials:
+    """Does the trials of a study, some at once, until there are as many as wanted or the time is over."""
+
+    def __init__(
+        self, study: Study, watcher: Watcher, *, deadline: float = math.inf, devices: Sequence[str] = ()
+    ) -> None:
+        """``deadline`` is a `time.monotonic`; ``devices`` are given to the trials that run at once, one each."""
+        self._study, self._watcher, self._deadline = study, watcher, deadline
+        self._devices = tuple(devices)
+        self._search = study.search
+        self._job: Job = study.workspace.job()
+        self._backend: Backend = plugins.backend(self._job.backend)
+        self._params: Params = study.params
+        self._order = in_order(self._search.space)
+        self._going: list[_Going] = []
+        self._left: list[optuna.trial.FrozenTrial] = []
+        """Trials that a process which is gone had begun."""
+        self._waited_for: list[int] = []
+        self._failures: list[str] = []
+        self._silent_since: float | None = None
+        self._held: dict[int, optuna.Trial] = {}
+        """Trials that are this process's, from the moment they were asked for until their end is told."""
+        self._optuna = import_optuna()
+
+    def run(self) -> None:
+        """Do them. Ctrl-C stops those that run, each after its step, and is raised again; `run` then goes on with them.
+
+        Raises `RunFailed` where the first trials all failed, and `PluginError` where a trial was not trained with the
+        values that were chosen for it.
+        """
+        study = self._study
+        if not study.storage.shared:
+            self._left = [one for one in study.frozen_trials() if one.state.name == "RUNNING"]
+        look_again = 0.0
+        try:
+            with _beating(study, lambda: list(self._held.values())):
+                while True:
+                    if time.monotonic() > self._deadline:
+                        self._stop_all("the time is over")
+                        return
+                    with self._patience():
+                        ended = self._tend()
+                        looks = ended or time.monotonic() >= look_again
+                        if looks and len(self._going) < self._search.parallel:
+                            if self._begin_next():
+                                continue
+                            look_again = time.monotonic() + _LOOK_S
+                            if not self._going and not self._others():
+                                return
+                    time.sleep(_POLL_S)
+        except BaseException as error:
+            self._stop_all("stopped" if isinstance(error, KeyboardInterrupt) else "")
+            raise
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Wait where a server does not answer for a while; the runs go on, and what they tell is not lost."""
+        try:
+            yield
+            self._silent_since = None
+        except Exception as error:
+            if not self._study.storage.shared or type(error).__module__.split(".")[0] not in {"sqlalchemy", "optuna"}:
+                raise
+            if self._silent_since is None:
+                self._silent_since = time.monotonic()
+                self._watcher.said(f"the study's server does not answer; waiting: {str(error).splitlines()[0]}")
+            if time.monotonic() - self._silent_since > _PATIENCE_S:
+                raise
+            time.sleep(_LOOK_S)
+
+    def _others(self) -> bool:
+        """Return whether others still do trials of a shared study, which fall to this process where they are lost."""
+        if not self._study.storage.shared:
+            return False
+        running = [trial.number for trial in self._study.trials if trial.state in {"running", "waiting"}]
+        if running and running != self._waited_for:
+            self._watcher.said(f"others do trial {', '.join(map(str, running))}; this process waits for them")
+            self._waited_for = running
+        return bool(running)
+
+    def _begin_next(self) -> bool:
+        """Begin a trial where one is wanted; says whether it did."""
+        if self._left:
+            self._take_over(self._left.pop(0))
+            return True
+        study = self._study
+        if study.storage.shared:
+            self._optuna.storages.fail_stale_trials(study.optuna_study)
+        states = [one.state.name for one in study.frozen_trials() if not _surplus(one)]
+        if len(self._failures) >= _GIVEN_UP_AFTER and not {"COMPLETE", "PRUNED"} & set(states):
+            if self._going:
+                return False
+            count = len(self._failures)
+            raise RunFailed(f"{count} trials of {study.path} failed and none finished; the last: {self._failures[-1]}")
+        if "WAITING" not in states and len(states) >= self._search.trials:
+            return False
+        number = len(states)
+        study.optuna_study.sampler = make_sampler(self._search, None if study.storage.shared else number)
+        study.optuna_study.pruner = make_pruner(self._search.pruner)
+        trial = study.optuna_study.ask()
+        self._held[trial.number] = trial
+        if study.storage.shared:
+            _beat(study, trial)  # who is killed from here on has been heard of
+        if self._is_surplus(trial):
+            self._note(trial, surplus=True, reason="others had begun the last trials")
+            self._tell(trial, state=self._optuna.trial.TrialState.FAIL)
+            return False
+        self._begin(trial, self._choose(trial))
+        return True
+
+    def _is_surplus(self, trial: optuna.Trial) -> bool:
+        """Return whether others, at the same moment, have begun as many as are wanted."""
+        if {"fixed_params", "retry_history"} & set(self._system_attrs(trial)):
+            return False
+        earlier = [one for one in self._study.frozen_trials() if one.number < trial.number and not _surplus(one)]
+        return len(earlier) >= self._search.trials
+
+    def _choose(self, trial: optuna.Trial) -> dict[str, Scalar]:
+        """Return a trial's values; those of the default trial may lie outside of the space, and are none then."""
+        if trial.user_attrs.get("default") and not self._system_attrs(trial).get("fixed_params"):
+            return {}
+        values: dict[str, Scalar] = {}
+        for name in self._order:
+            range_ = self._search.space[name]
+            if chosen(range_, values, self._params):
+                values[name] = suggest(trial, name, range_)
+        return values
+
+    def _system_attrs(self, trial: optuna.Trial) -> dict[str, Any]:
+        return next(one.system_attrs for one in self._study.frozen_trials() if one.number == trial.number)
+
+    def _begin(self, trial: optuna.Trial, values: dict[str, Scalar]) -> None:
+        """Start the run of a trial, unless one with the same values has ended."""
+        try:
+            params = set_fields(self._params, values, kind="parameter")
+            if (same := self._twin(trial.number, params)) is not None:
+                self._note(trial, same_as=same.number)
+                if same.state == "pruned":
+                    trial.report(same.value or 0.0, 100)
+                    self._tell(trial, state=self._optuna.trial.TrialState.PRUNED)
+                else:
+                    self._tell(trial, same.value)
+                self._changed()
+                return
+            run, slot = self._start(trial, params, values)
+        except DetkitError as error:
+            self._failed(trial, str(error))
+            return
+        self._going.append(_Going(trial, values, run, slot))
+        self._changed()
+
+    def _start(self, trial: optuna.Trial, params: Params, values: Mapping[str, Scalar]) -> tuple[Run, int]:
+        path = self._study.path / "trials" / f"{trial.number:04d}"
+        if path.is_dir():  # whoever began it was killed before it was a run
+            shutil.rmtree(path)
+        taken = {one.slot for one in self._going}
+        slot = next(number for number in itertools.count() if number not in taken)
+        options = {**self._job.options, **self._share_of(slot)}
+        job = msgspec.structs.replace(self._job, params=msgspec.to_builtins(params), options=options)
+        workspace = Workspace(path)
+        workspace.create(job)
+        self._note(trial, run=str(path.relative_to(self._study.path)), host=this_host())
+        place_all(self._study.path / "input/data", path / "input/data", but={"job", HELD_BACK})
+        told = ", ".join(f"{name}={value}" for name, value in values.items()) or "the model's defaults"
+        workspace.log("log", {"message": f"trial {trial.number} of {self._study.name}: {told}"})
+        spec_options = set_fields(self._backend.options(), options, kind="option")
+        self._backend.require(self._job.model, params, spec_options)
+        if job.code is not None:
+            trust.of_job(job, workspace)
+        return self._backend.start(job, workspace, leash=True), slot
+
+    def _share_of(self, slot: int) -> dict[str, Any]:
+        """Return the options that give a trial its share of this machine."""
+        own = dict(self._job.options)
+        share: dict[str, Any] = {}
+        if self._devices:
+            share["device"] = self._devices[slot % len(self._devices)]
+        if self._search.parallel > 1 and own.get("threads") == "auto":
+            share["threads"] = max(1, (os.cpu_count() or 1) // self._search.parallel)
+        return {**share, **share_of_money(own, self._search)}
+
+    def _take_over(self, frozen: optuna.trial.FrozenTrial) -> None:
+        """Go on with a trial whose process is gone: with its run where that can be resumed, else anew."""
+        trial = self._optuna.trial.Trial(self._study.optuna_study, frozen._trial_id)
+        values = self._choose(trial)  # again what was chosen then
+        path = self._study.path / "trials" / f"{frozen.number:04d}"
+        if not (path / "run.json").is_file():
+            self._begin(trial, values)
+            return
+        run = catalog.open_run(path)
+        if run.goes_on():  # it ends with its process, which is gone
+            run.stop()
+        if run.status not in {"finished", "failed"}:
+            if getattr(self._backend, "resume", None) is None:
+                self._begin(trial, values)
+                return
+            try:
+                run = run.resume(leash=True)
+            except DetkitError as error:
+                self._failed(trial, str(error))
+                return
+        taken = {one.slot for one in self._going}
+        slot = next(number for number in itertools.count() if number not in taken)
+        self._going.append(_Going(trial, values, run, slot, seen=set(frozen.intermediate_values)))
+        self._changed()
+
+    def _tend(self) -> bool:
+        """Read what the runs have told; end those that are behind, and record those that have ended.
+
+        Says whether one has ended.
+        """
+        changed = False
+        before = len(self._going)
+        for going in list(self._going):
+            goes_on = going.run.goes_on()
+            for event in _new_events(going):
+                plugins.notify(event, going.run)
+                changed |= self._take(going, event)
+            if going.lost:
+                self._watcher.said(f"trial {going.trial.number}: {_TAKEN}")
+                going.run.stop()
+                self._held.pop(going.trial.number, None)
+                self._going.remove(going)
+            elif going.pruned or not goes_on:
+                self._end(going)
+                self._going.remove(going)
+                changed = True
+        if changed:
+            self._changed()
+        return len(self._going) < before
+
+    def _take(self, going: _Going, event: Event) -> bool:
+        """Take up an event; says whether it is worth showing."""
+        going.step = event.step or going.step
+        if event.kind == "progress":
+            going.total_steps = float(event.values.get("total_steps", going.total_steps))
+            return True
+        value = event.values.get(self._search.metric) if event.kind == "metric" else None
+        if not isinstance(value, int | float):
+            return False
+        percent = self._percent(going, event)
+        if percent is not None and percent not in going.seen:
+            going.seen.add(percent)
+            try:
+                going.trial.report(float(value), percent)
+            except self._optuna.exceptions.UpdateFinishedTrialError:
+                going.lost = True
+                return True
+            is_default = bool(going.trial.user_attrs.get("default"))  # the others are compared with it at the end
+            going.pruned |= percent < 100 and not is_default and going.trial.should_prune()
+        return True
+
+    def _percent(self, going: _Going, event: Event) -> int | None:
+        """Return how much of the training is done; None where nobody can tell."""
+        if going.total_steps and event.step is not None:
+            return round(100 * event.step / going.total_steps)
+        epochs = going.run.job.params.get("epochs")
+        return round(100 * event.epoch / epochs) if epochs and event.epoch is not None else None
+
+    def _end(self, going: _Going) -> None:
+        """Record what came of a trial."""
+        states = self._optuna.trial.TrialState
+        try:
+            if going.pruned:
+                going.run.stop()
+            if going.pruned and going.run.status != "finished":  # else its last step was faster
+                self._tell(going.trial, state=states.PRUNED)
+                return
+            run = going.run.wait()
+            if run.status != "finished":
+                self._failed(going.trial, f"its run was {run.status} by somebody else")
+                return
+        except RunFailed as error:
+            self._failed(going.trial, str(error))
+            return
+        value = run.metrics.get(self._search.metric)
+        if value is None or not math.isfinite(value):
+            known = ", ".join(sorted(name for name in run.metrics if name.startswith("val/"))) or "none"
+            self._failed(going.trial, f"{self._search.metric} never appeared; what it told of validation: {known}")
+            return
+        prove(run, going.values, self._params, going.trial.number)
+        if (equal := self._equal(run, going)) is not None:
+            self._note(going.trial, equals=equal)
+            self._watcher.said(
+                f"trials {equal} and {going.trial.number} have other values and came out with the very same weights: "
+                "what differs has no effect on this model"
+            )
+        place_all(self._study.workspace.channel(HELD_BACK), run.workspace.channel(HELD_BACK))
+        self._tell(going.trial, value)
+
+    def _tell(self, trial: optuna.Trial, value: float | None = None, state: Any = None) -> None:
+        try:
+            self._study.optuna_study.tell(trial, value, state=state)
+        except (ValueError, self._optuna.exceptions.UpdateFinishedTrialError):
+            self._watcher.said(f"trial {trial.number}: {_TAKEN}")
+        self._held.pop(trial.number, None)
+
+    def _note(self, trial: optuna.Trial, **facts: Any) -> None:
+        """Keep facts with a trial, unless others have it by now."""
+        for name, value in facts.items():
+            assert name in Facts.__struct_fields__
+            with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):
+                trial.set_user_attr(name, value)
+
+    def _failed(self, trial: optuna.Trial, reason: str) -> None:
+        self._failures.append(reason)
+        self._note(trial, reason=reason)
+        self._watcher.said(f"trial {trial.number} failed: {reason.splitlines()[0] if reason else 'nobody knows why'}")
+        self._tell(trial, state=self._optuna.trial.TrialState.FAIL)
+        self._changed()
+
+    def _twin(self, number: int, params: Params) -> Trial | None:
+        """Return the trial that has ended with the same parameters; of one that failed nothing is known."""
+        for trial in self._study.trials:
+            ended = trial.state in {"finished", "pruned"} and trial.facts.same_as is None
+            if ended and trial.number != number and set_fields(self._params, trial.values, kind="parameter") == params:
+                return trial
+        return None
+
+    def _equal(self, run: Run, going: _Going) -> int | None:
+        """Return the earlier trial with other values whose weights are these, byte by byte."""
+        own = run.model.manifest.artifacts
+        for trial in self._study.trials:
+            if trial.state != "finished" or trial.path is None or trial.number == going.trial.number:
+                continue
+            with contextlib.suppress(UsageError):
+                if trial.run.model.manifest.artifacts == own:
+                    return trial.number
+        return None
+
+    def _stop_all(self, why: str) -> None:
+        """Stop the runs, each after its step; their trials stay as begun, and go on when the study does."""
+        if self._going and why:
+            self._watcher.said(f"{why}: {len(self._going)} running trial(s) stop after their step, and can go on")
+        for going in self._going:
+            with contextlib.suppress(DetkitError):
+                going.run.stop()
+        self._going.clear()
+
+    def _changed(self) -> None:
+        self._watcher.changed(
+            self._study,
+            {
+                one.trial.number: f"{100 * one.step / one.total_steps:.0f} %" if one.total_steps else "starting"
+                for one in self._going
+            },
+        )
+
+
+def begin(study: Study) -> None:
+    """Queue the first trials of a new study: the model's defaults, and all combinations of a grid."""
+    defaults = defaults_in(study.search.space, study.params)
+    study.optuna_study.enqueue_trial(defaults, user_attrs={"default": True})
+    if study.search.sampler == "grid":
+        for values in grid(study.search.space):
+            if values != defaults:
+                study.optuna_study.enqueue_trial(values)
+
+
+def _surplus(frozen: optuna.trial.FrozenTrial) -> bool:
+    return bool(frozen.user_attrs.get("surplus"))
+
+
+def _new_events(going: _Going) -> Iterator[Event]:
+    """Yield the events that were written since the last call; a line that is half written waits."""
+    file = going.run.workspace.metrics_file
+    if not file.is_file():
+        return
+    with file.open("rb") as events:
+        events.seek(going.read)
+        new = events.read()
+    whole = new[: new.rfind(b"\n") + 1]
+    going.read += len(whole)
+    for line in whole.splitlines():
+        with contextlib.suppress(msgspec.DecodeError):  # cut short by a kill
+            yield msgspec.json.decode(line, type=Event)
+
+
+@contextlib.contextmanager
+def _beating(study: Study, trials: Callable[[], Sequence[optuna.Trial]]) -> Iterator[None]:
+    """Say now and then that this process lives, where a study is shared; its trials are begun anew otherwise."""
+    if not study.storage.shared:
+        yield
+        return
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(study_storage.HEARTBEAT_S):
+            for trial in trials():
+                with contextlib.suppress(Exception):  # the next one may reach the server
+                    _beat(study, trial)
+
+    thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _beat(study: Study, trial: optuna.Trial) -> None:
+    storage: Any = study.optuna_study._storage
+    storage.record_heartbeat(trial._trial_id)
