@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from detkit import Choice, Float, Study, Trainer, Tuner, study_storage
@@ -92,8 +93,18 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shapes(tmp_path_factory.mktemp("shapes") / "data", num_images=30, size=48)
 
 
-def begin(shapes: Path, server: str, name: str, trials: int, grace_s: int = 60) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(shapes), server, name, str(trials), str(grace_s)])
+def begin(
+    shapes: Path, server: str, name: str, trials: int, *, grace_s: int = 60, before: str = ""
+) -> subprocess.Popen[bytes]:
+    script = before + SCRIPT
+    return subprocess.Popen([sys.executable, "-c", script, str(shapes), server, name, str(trials), str(grace_s)])
+
+
+KILLED_AT_FIRST_BEAT = """
+import os
+from detkit import trials
+trials._beat = lambda *_: os.kill(os.getpid(), 9)
+"""
 
 
 def running(study: Study) -> list[int]:
@@ -109,7 +120,8 @@ def test_one_of_two_processes_is_killed(shapes: Path, server: str) -> None:
         time.sleep(0.05)
     study = Study("runs/shared")
     second = begin(shapes, server, "shared", 8, grace_s=5)
-    while len(running(study)) < 2:
+    # A process that trains has told which values, and has not told how it ended.
+    while len(running(study)) < 2 or not psutil.Process(first.pid).children():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     first.kill()
@@ -122,6 +134,15 @@ def test_one_of_two_processes_is_killed(shapes: Path, server: str) -> None:
     lost = [one for one in everything if one.state.name == "FAIL" and not one.user_attrs.get("surplus")]
     assert len(lost) == 1  # what the killed process had begun; its values were done by another trial
     assert str(lost[0].params) in {str(trial.values) for trial in trials}
+
+
+def test_a_process_is_killed_before_it_was_heard_of(shapes: Path, server: str) -> None:
+    """It had asked for a trial, and lived no longer: the trial is missed by those who saw it."""
+    first = begin(shapes, server, "unheard", 2, grace_s=2, before=KILLED_AT_FIRST_BEAT)
+    assert first.wait(timeout=60) == -signal.SIGKILL
+    assert running(Study("runs/unheard")) == [0]
+    assert begin(shapes, server, "unheard", 2, grace_s=2).wait(timeout=60) == 0
+    assert {trial.state for trial in Study("runs/unheard").trials} == {"finished"}
 
 
 def test_the_last_trial_of_a_killed_process(shapes: Path, server: str) -> None:

@@ -96,6 +96,8 @@ class Trials:
         self._waited_for: list[int] = []
         self._failures: list[str] = []
         self._silent_since: float | None = None
+        self._heard_of: set[int] = set()
+        """The trials of others that were seen running."""
         self._held: dict[int, optuna.Trial] = {}
         """Trials that are this process's, from the moment they were asked for until their end is told."""
         self._optuna = import_optuna()
@@ -163,6 +165,7 @@ class Trials:
             return True
         study = self._study
         if study.storage.shared:
+            self._hear_of_all()
             self._optuna.storages.fail_stale_trials(study.optuna_study)
         states = [one.state.name for one in study.frozen_trials() if not _surplus(one)]
         if len(self._failures) >= _GIVEN_UP_AFTER and not {"COMPLETE", "PRUNED"} & set(states):
@@ -178,13 +181,20 @@ class Trials:
         trial = study.optuna_study.ask()
         self._held[trial.number] = trial
         if study.storage.shared:
-            _beat(study, trial)  # who is killed from here on has been heard of
+            _beat(study, trial._trial_id)
         if self._is_surplus(trial):
             self._note(trial, surplus=True, reason="others had begun the last trials")
             self._tell(trial, state=self._optuna.trial.TrialState.FAIL)
             return False
         self._begin(trial, self._choose(trial))
         return True
+
+    def _hear_of_all(self) -> None:
+        """Beat once for what others began: who is killed before a beat of its own would never be missed."""
+        for one in self._study.frozen_trials():
+            if one.state.name == "RUNNING" and one.number not in self._held and one.number not in self._heard_of:
+                _beat(self._study, one._trial_id)
+                self._heard_of.add(one.number)
 
     def _is_surplus(self, trial: optuna.Trial) -> bool:
         """Return whether others, at the same moment, have begun as many as are wanted."""
@@ -466,7 +476,7 @@ def _beating(study: Study, trials: Callable[[], Sequence[optuna.Trial]]) -> Iter
         while not ended.wait(study_storage.HEARTBEAT_S):
             for trial in trials():
                 with contextlib.suppress(Exception):  # the next one may reach the server
-                    _beat(study, trial)
+                    _beat(study, trial._trial_id)
 
     thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
     thread.start()
@@ -477,6 +487,6 @@ def _beating(study: Study, trials: Callable[[], Sequence[optuna.Trial]]) -> Iter
         thread.join()
 
 
-def _beat(study: Study, trial: optuna.Trial) -> None:
+def _beat(study: Study, trial_id: int) -> None:
     storage: Any = study.optuna_study._storage
-    storage.record_heartbeat(trial._trial_id)
+    storage.record_heartbeat(trial_id)
