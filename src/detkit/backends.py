@@ -7,14 +7,15 @@ imports, so a backend names its engine by a string.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import shutil
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
@@ -36,6 +37,7 @@ from detkit.runs import LocalRun, Run
 from detkit.spaces import Range, suggested
 from detkit.tuning import Mode, Search, TuningJob, metrics_of_loops
 from detkit.usercode import UserCode
+from detkit.warm import WarmWorker
 
 API = 1
 """Version of the contract in this module; a backend states the one it was written for."""
@@ -224,6 +226,11 @@ class Backend(ABC):
     def start(self, job: Job, workspace: Workspace, *, leash: bool) -> Run:
         """Start a job that `Workspace.create` laid out. With ``leash`` it ends when this process does."""
 
+    @contextlib.contextmanager
+    def kept_warm(self, job: Job) -> Iterator[Backend]:
+        """Yield this backend as it should `start` many jobs like this one, short ones, with ``leash``."""
+        yield self
+
     def plan(self, job: Job, workspace: Workspace) -> Plan:
         """Return what `start` would do with a job that is laid out. Starts nothing, creates nothing, costs nothing."""
         return Plan(place="this machine")
@@ -366,6 +373,8 @@ class LocalBackend(Backend):
     """Raises for data, by channel, that a model cannot learn from, e.g. without masks."""
     api: int = API
     """The version of this contract that the plugin was written for."""
+    warm: WarmWorker | None = None
+    """What `start` forks, where there is one; see `kept_warm`."""
 
     def __post_init__(self) -> None:
         if self.api != API:
@@ -395,7 +404,16 @@ class LocalBackend(Backend):
         trust.of_job(job, workspace)
         python = self.interpreter(job.options.get("python"))
         command = self._command(python, job, workspace)
-        return LocalRun.start(workspace, command, leash=leash, restart=self._restart(workspace))
+        warm = self.warm if job.code is None else None  # which is imported before the engine
+        return LocalRun.start(workspace, command, leash=leash, restart=self._restart(workspace), warm=warm)
+
+    @contextlib.contextmanager
+    def kept_warm(self, job: Job) -> Iterator[LocalBackend]:
+        warm = WarmWorker(self.interpreter(job.options.get("python")), self.name, self.engine)
+        try:
+            yield replace(self, warm=warm)
+        finally:
+            warm.close()
 
     def joining(self, workspace: Workspace) -> list[str]:
         """Return the command with which another machine, which sees the run directory, takes part in a run.

@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -54,7 +54,25 @@ _END_OF_DUMP = ("  File ", "  ...", "Extension modules: ")
 _NATIVE_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 
 
-_leashed: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
+class Leashed(Protocol):
+    """A process that ends with its standard input, and the part of `subprocess.Popen` that runs use."""
+
+    pid: int
+    args: Any
+    stdin: IO[bytes] | None
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
+_leashed: weakref.WeakSet[Leashed] = weakref.WeakSet()
+
+
+def hold(process: Leashed) -> None:
+    """Let a process end with this one, and not with the last fork of this one."""
+    _leashed.add(process)
 
 
 def _let_go_of_leashes() -> None:
@@ -127,7 +145,7 @@ def start_worker(command: Sequence[str], *, leash: bool, **streams: Any) -> subp
             "with python="
         ) from error
     if leash:
-        _leashed.add(process)
+        hold(process)
     return process
 
 

@@ -24,8 +24,9 @@ from detkit.events import Event
 from detkit.files import atomic_write, lock_file, write_json
 from detkit.forgetting_table import Forgetting, read_forgetting
 from detkit.job import SCHEMA, Job, Model, Workspace
-from detkit.processes import HELD_CODE, Caller, end_group, how_it_ended, last_lines, start_worker
+from detkit.processes import HELD_CODE, Caller, Leashed, end_group, how_it_ended, last_lines, start_worker
 from detkit.tables import html_table
+from detkit.warm import WarmWorker
 
 Status: TypeAlias = Literal["running", "finished", "failed", "stopped", "interrupted"]
 """``interrupted`` is a worker that vanished without a word: killed, or the machine went down."""
@@ -198,7 +199,7 @@ class LocalRun(Run):
         self,
         workspace: Workspace,
         restart: Callable[[bool], LocalRun] | None = None,
-        process: subprocess.Popen[bytes] | None = None,
+        process: Leashed | None = None,
     ) -> None:
         """``restart(leash)`` starts a worker anew, for `resume`; None where the backend cannot continue a run."""
         super().__init__(workspace)
@@ -213,15 +214,18 @@ class LocalRun(Run):
         *,
         leash: bool,
         restart: Callable[[bool], LocalRun] | None,
+        warm: WarmWorker | None = None,
     ) -> LocalRun:
-        """Start a worker in the run directory. With ``leash`` it ends when this process does."""
+        """Start a worker in the run directory. With ``leash`` it ends when this process does, and may be a fork."""
         import psutil
 
         job = workspace.job()
         # What an earlier worker said last must not be taken for the word of this one.
         workspace.log("state", {"state": "starting"})
         with workspace.log_file.open("ab") as log:
-            process = start_worker(command, leash=leash, stdout=log, stderr=subprocess.STDOUT)
+            process: Leashed | None = warm.start(command, log) if warm is not None and leash else None
+            if process is None:
+                process = start_worker(command, leash=leash, stdout=log, stderr=subprocess.STDOUT)
         run = cls(workspace, restart, process)
         try:
             try:

@@ -111,26 +111,30 @@ class Trials:
         study = self._study
         if not study.storage.shared:
             self._left = [one for one in study.frozen_trials() if one.state.name == "RUNNING"]
+        with plugins.backend(self._job.backend).kept_warm(self._job) as self._backend:
+            try:
+                with _beating(study, lambda: list(self._held.values())):
+                    self._go_on()
+            except BaseException as error:
+                self._stop_all("stopped" if isinstance(error, KeyboardInterrupt) else "")
+                raise
+
+    def _go_on(self) -> None:
         look_again = 0.0
-        try:
-            with _beating(study, lambda: list(self._held.values())):
-                while True:
-                    if time.monotonic() > self._deadline:
-                        self._stop_all("the time is over")
+        while True:
+            if time.monotonic() > self._deadline:
+                self._stop_all("the time is over")
+                return
+            with self._patience():
+                ended = self._tend()
+                looks = ended or time.monotonic() >= look_again
+                if looks and len(self._going) < self._search.parallel:
+                    if self._begin_next():
+                        continue
+                    look_again = time.monotonic() + _LOOK_S
+                    if not self._going and not self._others():
                         return
-                    with self._patience():
-                        ended = self._tend()
-                        looks = ended or time.monotonic() >= look_again
-                        if looks and len(self._going) < self._search.parallel:
-                            if self._begin_next():
-                                continue
-                            look_again = time.monotonic() + _LOOK_S
-                            if not self._going and not self._others():
-                                return
-                    time.sleep(_POLL_S)
-        except BaseException as error:
-            self._stop_all("stopped" if isinstance(error, KeyboardInterrupt) else "")
-            raise
+            time.sleep(_POLL_S)
 
     @contextlib.contextmanager
     def _patience(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 ``--serve MODEL OPTIONS MEMORY CALLER [CODE]`` answers predictions; ``--export MODEL FORMAT FOLDER CALLER [CODE]``
 writes a model; ``CODE`` is the folder of the user's own modules that it takes.
+``--warm ENGINE CALLER`` imports an engine and forks for each run, see `detkit.warm`.
 ``CALLER`` is a `detkit.processes.Caller` as JSON; in a container, nobody calls.
 
 A local process, a process of another virtual environment and a container all run this. What this module imports is
@@ -39,6 +40,7 @@ from detkit.images import Image
 from detkit.job import Code, Model, Workspace
 from detkit.processes import HELD_CODE, Caller, end_group
 from detkit.ranks import Place, RankLost, TorchRanks, end_with_the_launcher
+from detkit.warm import serve_forks
 from detkit.wire import Exported, Opened, SharedMemory, serve
 
 _HOLD_TRIES, _HOLD_S = 10, 0.05
@@ -52,6 +54,8 @@ def main(arguments: list[str]) -> int:
         return serve_model(*arguments[1:])
     if arguments[:1] == ["--export"]:
         return export_model(*arguments[1:])
+    if arguments[:1] == ["--warm"]:
+        return keep_warm(*arguments[1:])
     return train(Workspace(arguments[0]), *arguments[1:])
 
 
@@ -188,6 +192,13 @@ def export_model(path: str, format: str, folder: str, caller: str, code: str = "
         exported = Exported(file="", error="\n".join(filter(None, _reason(error))))
     os.write(output, msgspec.json.encode(exported) + b"\n")
     return 3 if exported.error else 0
+
+
+def keep_warm(engine: str, caller: str) -> int:
+    """Import an engine, and fork for what `main` is asked for on standard input, a socket, until its end."""
+    refuse_other_versions(caller)
+    serve_forks(lambda: load_engine(engine), lambda arguments: leave(main(arguments)))
+    return 0
 
 
 def refuse_other_versions(caller: str) -> None:

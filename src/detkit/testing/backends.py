@@ -148,6 +148,10 @@ class BackendTests:
         assert _losses(again), "engines log train/loss"
         _assert_same(jobs.predict(again), jobs.predict(jobs.base))
 
+    def test_a_warm_worker_does_the_same(self, jobs: Jobs) -> None:
+        assert _losses(jobs.warm) == _losses(jobs.base)
+        _assert_same(jobs.predict(jobs.warm), jobs.predict(jobs.base))
+
     def test_parts_of_the_loss_are_declared(self, jobs: Jobs) -> None:
         """What a place has to know beforehand, to find it in a log: the metrics beside the loss and its parts."""
         logged = {name for row in jobs.base.history for name in row if name.startswith("train/")}

@@ -17,7 +17,7 @@ from detkit.detections import Detections
 from detkit.errors import RunFailed
 from detkit.evaluation import evaluate
 from detkit.events import Event
-from detkit.files import place, write_json
+from detkit.files import place, place_all, write_json
 from detkit.io import read_dataset
 from detkit.job import Workspace
 from detkit.predictor import Predictor
@@ -88,6 +88,22 @@ class Jobs:
     def trained(self) -> Run:
         """A run that is long enough to learn."""
         return self.fit("trained", **self.suite.learns) if self.suite.learns else self.base
+
+    @property
+    def warm(self) -> Run:
+        """The job of `base`, the second of two that a backend which was kept warm has started."""
+
+        def fit() -> Run:
+            with plugins.backend(self.suite.backend).kept_warm(self.base.job) as backend:
+                for name in ("warming", "warm"):
+                    workspace = Workspace(self.folder / name)
+                    workspace.create(self.base.job)
+                    place_all(self.base.path / "input/data", workspace.path / "input/data")
+                    self._started.append(backend.start(self.base.job, workspace, leash=True))
+                    run = self._started[-1].wait()
+            return run
+
+        return self._once("warm", fit)
 
     @property
     def untrained(self) -> Run:
