@@ -338,6 +338,20 @@ def test_a_child_of_a_file_with_masks_needs_masks(masked: Dataset, tiny: Dataset
     assert written_config(child)["MODEL.MASK_ON"] is False
 
 
+@needs_detectron2
+def test_masks_asked_of_a_child_whose_parent_has_none(masked: Dataset, config: Path) -> None:
+    """Silence would train it without; a network that has none gets a mask head where that is said."""
+    given = {"model": "detectron2/config", "device": "cpu", "threads": 1, "iterations": 1}
+    parent = Trainer(**given, config=str(config)).fit(masked, masked, quiet=True)
+    with pytest.raises(UsageError, match=r"masks=true asks for masks, and .* has none; give MODEL\.MASK_ON=True as we"):
+        Trainer(**given, weights=parent, masks=True).fit(masked, masked, quiet=True)
+    plain = Trainer(**given, weights=parent).fit(masked, masked, quiet=True)
+    assert written_config(plain)["MODEL.MASK_ON"] is False
+    child = Trainer(**given, weights=parent, masks=True, **{"MODEL.MASK_ON": True}).fit(masked, masked, quiet=True)
+    assert written_config(child)["MODEL.MASK_ON"] is True
+    assert any("mask_head" in key for key in child.model.manifest.weights.skipped)
+
+
 def test_steps_of_a_file_give_way_to_what_is_given(config: Path) -> None:
     given = {"model": "detectron2/config", "config": str(config)}
     by_epochs = explained(**given, lr_scheduler_step="8,11")

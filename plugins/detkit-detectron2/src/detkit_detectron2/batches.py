@@ -25,6 +25,7 @@ from detkit.images import Image
 from detkit.masks import decode
 from detkit.ranks import Ranks
 from detkit_detectron2.configs import test_size
+from detkit_detectron2.mapping import Mapper
 from detkit_torchvision.caching import Cache, shared_cache
 
 Batch = list[dict[str, Any]]
@@ -57,13 +58,24 @@ class Inputs:
     """
 
     def __init__(
-        self, data: Dataset, cfg: CfgNode, budget: int, ranks: Ranks | None = None, *, trains: bool = False
+        self,
+        data: Dataset,
+        cfg: CfgNode,
+        budget: int,
+        ranks: Ranks | None = None,
+        *,
+        trains: bool = False,
+        mapper: str | None = None,
     ) -> None:
-        """``budget`` is how many bytes of images may be kept; a data set that needs more is decoded every time."""
+        """``budget`` is how many bytes of images may be kept; a data set that needs more is decoded every time.
+
+        ``mapper`` names the user's own, which makes every example that has a seed, and reads the images itself.
+        """
         if cfg.INPUT.FORMAT not in {"BGR", "RGB"}:
             raise InvalidValue("INPUT.FORMAT", cfg.INPUT.FORMAT, "BGR or RGB")
         self.data = data
         self._format, self._has_masks = cfg.INPUT.FORMAT, cfg.MODEL.MASK_ON
+        self._mapper = None if mapper is None else Mapper(mapper, data, cfg)
         self._augmentations = build_augmentation(cfg, is_train=True) if trains else []
         if trains and cfg.INPUT.CROP.ENABLED:
             self._augmentations.insert(0, RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
@@ -79,9 +91,9 @@ class Inputs:
         self.sizes = [test_size(cfg, *size) for size in own] if self._one_size else own
         """Width and height at which images are kept."""
         needed = sum(3 * width * height for width, height in self.sizes)
-        self._cache: Cache | None = [None] * len(data) if needed <= budget else None
+        self._cache: Cache | None = [None] * len(data) if needed <= budget and mapper is None else None
         if ranks is not None and ranks.size > 1:  # machines may differ, and all have to do the same
-            fits, together = ranks.sum([float(needed <= budget), float(ranks.place.local_size > 1)])
+            fits, together = ranks.sum([float(self._cache is not None), float(ranks.place.local_size > 1)])
             if together:
                 self._cache = shared_cache(self.sizes, ranks) if fits == ranks.size else None
         self.num_bytes = needed if self._cache is not None else 0
@@ -101,6 +113,9 @@ class Inputs:
 
         Raises `InvalidData` naming the image for a mask that cannot be read.
         """
+        if self._mapper is not None and seed is not None:
+            with _numpy_random:
+                return self._mapper.example(index, seed)
         image = self.image(index)
         width, height = self.sizes[index]
         rows, keep = self._rows(index)

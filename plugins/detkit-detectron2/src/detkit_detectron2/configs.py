@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data.transforms import ResizeShortestEdge
 
+from detkit import usercode
 from detkit.data import Dataset
-from detkit.errors import InvalidValue, UnknownName
-from detkit.job import Job, Workspace
+from detkit.errors import DetkitError, InvalidValue
+from detkit.job import Job, Model, Workspace
 from detkit.scores import SCORE_FLOOR
 from detkit_detectron2 import sources, yamls
+from detkit_detectron2.keys import unknown
 from detkit_detectron2.weights import CONFIG
 from detkit_detectron2.zoo import ENTRIES, FROM_CONFIG, TINY
 from detkit_torchvision import architecture
@@ -47,10 +48,12 @@ def starts_from_scratch(job: Job, workspace: Workspace) -> bool:
 def build_cfg(job: Job, workspace: Workspace, data: Dataset) -> CfgNode:
     """Return the whole configuration of a model to train, for ``MODEL.DEVICE`` cpu and down to the score floor.
 
-    Raises `UnknownName` and `InvalidValue` for native keys that Detectron2 does not have, or of another type.
+    Raises `UnknownName` and `InvalidValue` for native keys that neither Detectron2 nor ``add_config`` has, or of
+    another type, and `UserCodeFailed` where that function fails.
     """
     params = job.params
     cfg = get_cfg()
+    _add_own_keys(cfg, params.get("add_config"))
     if (workspace.parent_model / CONFIG).is_file():
         _merge(cfg, yamls.read(workspace.parent_model / CONFIG).values)
     elif job.model != FROM_CONFIG:
@@ -72,10 +75,11 @@ def build_cfg(job: Job, workspace: Workspace, data: Dataset) -> CfgNode:
     return cfg
 
 
-def read_cfg(folder: Path) -> CfgNode:
-    """Return the configuration of a finished model."""
+def read_cfg(model: Model) -> CfgNode:
+    """Return the configuration of a finished model, with the keys that the code of its training adds."""
     cfg = get_cfg()
-    _merge(cfg, yamls.read(folder / CONFIG).values)
+    _add_own_keys(cfg, model.manifest.params.get("add_config"))
+    _merge(cfg, yamls.read(model.path / CONFIG).values)
     return cfg
 
 
@@ -84,7 +88,7 @@ def put(cfg: CfgNode, key: str, value: Any) -> None:
     try:
         before = yamls.flatten(cfg)[key]
     except KeyError:
-        raise UnknownName("key of Detectron2", key, yamls.flatten(cfg)) from None
+        raise unknown(key, yamls.flatten(cfg)) from None
     if isinstance(value, str):
         value = CfgNode._decode_cfg_value(value)
     if isinstance(before, float) and isinstance(value, int):
@@ -120,6 +124,19 @@ def test_size(cfg: CfgNode, width: int, height: int) -> tuple[int, int]:
 def _merge(cfg: CfgNode, values: Mapping[str, Any]) -> None:
     for key, value in yamls.flatten(values).items():
         put(cfg, key, value)
+
+
+def _add_own_keys(cfg: CfgNode, reference: str | None) -> None:
+    """Let the function that ``add_config`` names add its keys, as those of Detectron2's projects do."""
+    if reference is None:
+        return
+    add = usercode.find_function(reference, "add_config")
+    try:
+        add(cfg)
+    except DetkitError:
+        raise
+    except Exception as error:
+        raise usercode.failure(f"add_config={reference}, given Detectron2's configuration,", error) from error
 
 
 def _put_params(cfg: CfgNode, params: Mapping[str, Any], data: Dataset) -> None:

@@ -24,7 +24,7 @@ from detkit_detectron2.weights import ARTIFACT
 
 def open_network(model: Model, options: PredictOptions) -> tuple[Any, CfgNode]:
     """Return the network of a finished model, on the CPU, and its configuration."""
-    cfg = read_cfg(model.path)
+    cfg = read_cfg(model)
     most = options.max_detections or model.manifest.max_detections
     put_thresholds(cfg, options.score_threshold, options.nms_threshold, most)
     network = build_model(cfg)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from detkit.errors import InvalidValue, UnknownName, UsageError
 from detkit.natives import Adopted, Meaning, written
-from detkit_detectron2 import releases, sources, yamls
+from detkit_detectron2 import earlier, releases, sources, yamls
 from detkit_detectron2.zoo import ENTRIES, FROM_CONFIG
 
 
@@ -129,7 +129,8 @@ def adopt(model: str, keys: Mapping[str, str], given: Mapping[str, Any]) -> Adop
     """Return which keys stay as they are, and which are parameters here, those of ``config`` among them.
 
     Raises `UsageError` for a key that Detectron2 does not have, where there is one to ask, that detkit owns, or that
-    says the same as a parameter which is given, and `PluginError` where the variable names no checkout.
+    says the same as a parameter which is given, and `PluginError` where the variable names no checkout. Beside
+    ``add_config`` a key that Detectron2 does not have is left to the worker, which can run the function and so know.
     """
     sources.check_variable()
     overrides, meanings = _read_config(model, keys, given)
@@ -197,13 +198,18 @@ def _require_mask_head(
     model: str, overrides: Mapping[str, str], keys: Mapping[str, str], given: Mapping[str, Any]
 ) -> None:
     """Raise `UsageError` where masks are asked for of a network that has none."""
-    key = next((key for key in keys if key == "MODEL.MASK_ON" and _flag(keys[key])), None)
-    asked = f"{key}={keys[key]}" if key else "masks=true" if str(given.get("masks")).lower() == "true" else ""
-    if asked and model == FROM_CONFIG and given.get("config") is not None:
-        if overrides.get("MODEL.MASK_ON", "False") == "False":
-            raise UsageError(f"{asked} asks for masks, and {given['config']} has none; give MODEL.MASK_ON=True")
-    elif key and model != FROM_CONFIG and ENTRIES[model].family != "mask_rcnn":
-        raise UsageError(f"{asked} asks for masks, and {model} has none; choose a Mask R-CNN, such as {_WITH_MASKS}")
+    key, config, weights = "MODEL.MASK_ON", given.get("config"), given.get("weights")
+    if model != FROM_CONFIG:
+        if key in keys and _flag(keys[key]) and ENTRIES[model].family != "mask_rcnn":
+            raise UsageError(
+                f"{key}={keys[key]} asks for masks, and {model} has none; choose a Mask R-CNN, such as {_WITH_MASKS}"
+            )
+    elif str(given.get("masks")).lower() == "true" and overrides.get(key) != "True":
+        asks = f"masks=true asks for masks, and {config or weights} has none; give {key}=True"
+        if config is not None:
+            raise UsageError(asks)
+        if earlier.is_model(weights) and (key in overrides or not earlier.has_masks(str(weights))):
+            raise UsageError(f"{asks} as well, for a mask head that starts fresh, or leave masks out")
 
 
 def _meaning(model: str, key: str, text: str, origin: str = "") -> Meaning:
@@ -229,12 +235,19 @@ def _refuse(key: str, text: str, given: Mapping[str, Any]) -> None:
     if why is not None:
         raise UsageError(f"{key}={text} cannot be given: {why}")
     known = sources.defaults()
-    if known is not None and key not in known:
-        section = [one for one in known if one.rpartition(".")[0] == key.rpartition(".")[0]]
-        raise UnknownName("key of Detectron2", key, {*section, *difflib.get_close_matches(key, known)})
+    if known is not None and key not in known and given.get("add_config") is None:
+        raise unknown(key, known)
     rival = RIVALS.get(key)
     if rival is not None and given.get(rival) not in (None, "auto", ()):
         raise UsageError(f"{key}={text} and {rival}={given[rival]} set the same; give one of them")
+
+
+def unknown(key: str, known: Iterable[str]) -> UnknownName:
+    """Return the error for a key that is none of those known; it lists those of its section, and the closest."""
+    known = list(known)
+    section = [one for one in known if one.rpartition(".")[0] == key.rpartition(".")[0]]
+    hint = "keys of your own code are added by the function that add_config=module:function names"
+    return UnknownName("key of Detectron2", key, {*section, *difflib.get_close_matches(key, known)}, hint)
 
 
 def _why_refused(key: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -33,8 +32,7 @@ from detkit.params import (
     WeightDecay,
     Weights,
 )
-from detkit.predictor import find_model
-from detkit_detectron2 import releases, yamls
+from detkit_detectron2 import earlier, releases
 from detkit_detectron2.zoo import ENTRIES, FROM_CONFIG, LOSSES, TINY
 from detkit_torchvision.masks import require_masks
 
@@ -79,6 +77,14 @@ class Detectron2Params(LoopParams, frozen=True):
         ),
     ] = None
     overrides: Overrides = {}  # noqa: RUF012 - msgspec copies it
+    add_config: Annotated[
+        str | None,
+        Meta(description="module:function of your own code that adds keys to Detectron2's configuration"),
+    ] = None
+    mapper: Annotated[
+        str | None,
+        Meta(description="module:name of your own dataset mapper, a class or a function; it makes what is trained on"),
+    ] = None
 
 
 class Detectron2Options(SeveralOptions, frozen=True, kw_only=True):
@@ -143,20 +149,16 @@ def learns_masks(model: str, params: Params) -> bool:
 
 def _has_mask_head(params: Detectron2Params) -> bool:
     """Whether the network of the model ``config`` has one: by its keys, or as the earlier model that it starts from."""
-    if not _starts_from_model(params):
-        return params.overrides.get("MODEL.MASK_ON") == "True"
-    earlier = yamls.read(find_model(str(params.weights)).path / "config.yaml")
-    return params.overrides.get("MODEL.MASK_ON", str(yamls.flatten(earlier.values).get("MODEL.MASK_ON"))) == "True"
-
-
-def _starts_from_model(params: Detectron2Params) -> bool:
-    return params.weights not in {None, "imagenet", "coco", "auto"} and not Path(str(params.weights)).is_file()
+    said = params.overrides.get("MODEL.MASK_ON")
+    if said is None and earlier.is_model(params.weights):
+        return earlier.has_masks(str(params.weights))
+    return said == "True"
 
 
 def require(model: str, params: Params) -> None:
     """Raise before any data is read for what a model cannot be given."""
     assert isinstance(params, Detectron2Params)
-    if model == FROM_CONFIG and params.config is None and not _starts_from_model(params):
+    if model == FROM_CONFIG and params.config is None and not earlier.is_model(params.weights):
         raise MissingSettings([("config", "config=my_config.yaml, a configuration file of Detectron2")])
     if model != FROM_CONFIG and params.config is not None:
         raise InvalidValue(

@@ -73,7 +73,8 @@ class Training(TrainingLoop[Batch]):
         self._loss_names: Sequence[str] | None = None
         torch.manual_seed(self.params["seed"])
         self.network: Any = build_model(self.cfg)
-        self.inputs = Inputs(self.data, self.cfg, cache_budget(), self.ranks, trains=True)
+        mapper = self.params.get("mapper")
+        self.inputs = Inputs(self.data, self.cfg, cache_budget(), self.ranks, trains=True, mapper=mapper)
 
     def run(self) -> Trained:
         self.prepare()
