@@ -1,4 +1,4 @@
-"""Several processes that work on one study, whose results a real PostgreSQL keeps."""
+"""Several processes that work on one study, whose results a real database server keeps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from detkit.errors import UsageError
 from detkit.shapes import write_shapes
 
 pytest.importorskip("optuna", reason="pip install 'detkit-sdk[tune]'")
-pytest.importorskip("pg8000", reason="pip install 'detkit-sdk[tune-postgresql]'")
 pytestmark = [
     pytest.mark.usefixtures("clean"),
     # pg8000 leaves sockets of closed connections to the garbage collector.
@@ -44,48 +43,79 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """A PostgreSQL of our own on loopback; yields the URL of an empty database."""
-    found = sorted(glob.glob("/usr/lib/postgresql/*/bin"), key=lambda path: float(path.split("/")[4]))
-    if not found:
-        pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    programs = found[-1]
-    other: dict[str, Any] = {}
-    folder = tempfile.mkdtemp(prefix="detkit-postgresql-", dir="/tmp")
-    if os.geteuid() == 0:  # PostgreSQL does not run as root
-        try:
-            account = pwd.getpwnam("postgres")
-        except KeyError:
-            pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
-        os.chown(folder, account.pw_uid, account.pw_gid)
-        other = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+@pytest.fixture(scope="module", params=["postgresql", "mysql"])
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A database server of our own on loopback; yields the URL of an empty database."""
+    folder = Path(tempfile.mkdtemp(prefix="detkit-server-", dir="/tmp"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    data = f"{folder}/data"
+    begin = begin_postgresql if request.param == "postgresql" else begin_mysql
+    try:
+        process, url = begin(folder, port)
+        try:
+            for _ in range(400):
+                with socket.socket() as attempt:
+                    if attempt.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                assert process.poll() is None, Path(folder, "log").read_text()
+                time.sleep(0.05)
+            time.sleep(0.5)
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT if request.param == "postgresql" else signal.SIGTERM)
+            process.wait(timeout=30)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def begin_postgresql(folder: Path, port: int) -> tuple[subprocess.Popen[bytes], str]:
+    pytest.importorskip("pg8000", reason="pip install 'detkit-sdk[tune-postgresql]'")
+    found = sorted(glob.glob("/usr/lib/postgresql/*/bin"), key=lambda path: float(path.split("/")[4]))
+    if not found:
+        pytest.skip("no PostgreSQL here: apt-get install postgresql")
+    other = as_account("postgres", folder)
     subprocess.run(
-        [f"{programs}/initdb", "-D", data, "-A", "trust", "-U", "detkit", "--no-sync", "-E", "UTF8"],
+        [f"{found[-1]}/initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "detkit", "--no-sync", "-E", "UTF8"],
         check=True, stdout=subprocess.DEVNULL, cwd=folder, **other,
     )  # fmt: skip
     options = ["-c", f"unix_socket_directories={folder}", "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
     with Path(folder, "log").open("wb") as log:
-        process = subprocess.Popen(
-            [f"{programs}/postgres", "-D", data, "-p", str(port), *options], stdout=log, stderr=log, cwd=folder, **other
-        )
+        command = [f"{found[-1]}/postgres", "-D", f"{folder}/data", "-p", str(port), *options]
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, **other)
+    return process, f"postgresql+pg8000://detkit@127.0.0.1:{port}/postgres"
+
+
+def begin_mysql(folder: Path, port: int) -> tuple[subprocess.Popen[bytes], str]:
+    pytest.importorskip("pymysql", reason="pip install 'detkit-sdk[tune-mysql]'")
+    places = f"{os.environ['PATH']}:/usr/sbin"
+    program, install = (shutil.which(name, path=places) for name in ("mariadbd", "mariadb-install-db"))
+    if program is None or install is None:
+        pytest.skip("no MariaDB here: apt-get install mariadb-server")
+    other = as_account("mysql", folder)
+    data = f"--datadir={folder}/data"
+    method = "--auth-root-authentication-method=normal"
+    subprocess.run([install, "--no-defaults", data, method], check=True, stdout=subprocess.DEVNULL, cwd=folder, **other)
+    Path(folder, "init.sql").write_text(
+        "CREATE DATABASE studies;\nCREATE USER detkit@localhost;\nGRANT ALL ON studies.* TO detkit@localhost;\n"
+    )
+    options = [data, f"--socket={folder}/socket", f"--port={port}", "--bind-address=127.0.0.1"]
+    with Path(folder, "log").open("wb") as log:
+        command = [program, "--no-defaults", *options, f"--init-file={folder}/init.sql"]
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, **other)
+    return process, f"mysql+pymysql://detkit@127.0.0.1:{port}/studies"
+
+
+def as_account(name: str, folder: Path) -> dict[str, Any]:
+    """Return how a server is started, which does not run as root: as the account that its package has made."""
+    if os.geteuid() != 0:
+        return {}
     try:
-        for _ in range(200):
-            with socket.socket() as attempt:
-                if attempt.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, Path(folder, "log").read_text()
-            time.sleep(0.05)
-        time.sleep(0.5)
-        yield f"postgresql+pg8000://detkit@127.0.0.1:{port}/postgres"
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
-        shutil.rmtree(folder, ignore_errors=True)
+        account = pwd.getpwnam(name)
+    except KeyError:
+        pytest.skip(f"the server does not run as root, and there is no user {name}")
+    os.chown(folder, account.pw_uid, account.pw_gid)
+    return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +128,11 @@ def begin(
 ) -> subprocess.Popen[bytes]:
     script = before + SCRIPT
     return subprocess.Popen([sys.executable, "-c", script, str(shapes), server, name, str(trials), str(grace_s)])
+
+
+def trains(process: subprocess.Popen[bytes]) -> bool:
+    """Return whether a worker of a process is at work: a fork of its child."""
+    return any(child.children() for child in psutil.Process(process.pid).children())
 
 
 KILLED_AT_FIRST_BEAT = """
@@ -121,7 +156,7 @@ def test_one_of_two_processes_is_killed(shapes: Path, server: str) -> None:
     study = Study("runs/shared")
     second = begin(shapes, server, "shared", 8, grace_s=5)
     # A process that trains has told which values, and has not told how it ended.
-    while len(running(study)) < 2 or not psutil.Process(first.pid).children():
+    while len(running(study)) < 2 or not trains(first):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     first.kill()
