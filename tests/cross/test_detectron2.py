@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,11 @@ def test_eight_images_by_heart_are_the_same_boxes_in_all(
     memorised: dict[str, detkit.Run], tiny: detkit.Dataset
 ) -> None:
     """Corners, order of axes, 0-based labels, the image without objects, and what a score threshold leaves out."""
+    found = {}
     for model, run in memorised.items():
         with detkit.Predictor(run, score_threshold=0.5) as predictor:
-            found = list(predictor.predict(tiny))
-        for sample, one in zip(tiny, found, strict=True):
+            found[model] = list(predictor.predict(tiny))
+        for sample, one in zip(tiny, found[model], strict=True):
             assert sorted(one.names) == sorted(sample.names), (model, sample.path)
             assert (one.width, one.height, one.path) == (sample.width, sample.height, sample.path)
             assert (one.scores >= 0.5).all()
@@ -77,6 +79,12 @@ def test_eight_images_by_heart_are_the_same_boxes_in_all(
                 assert (overlaps.max(axis=1) > 0.7).all(), (model, sample.path)
                 assert [sample.names[i] for i in overlaps.argmax(axis=1)] == list(one.names)
         assert run.metrics["val/AP50"] == pytest.approx(detkit.evaluate(run, tiny, allow_seen=True)["AP50"], abs=1e-6)
+    for model, other in itertools.combinations(found, 2):
+        for ours, theirs in zip(found[model], found[other], strict=True):
+            overlaps = iou(ours.boxes, theirs.boxes)
+            assert (overlaps.max(axis=1, initial=0) > 0.7).all(), (model, other, ours.path)
+            nearest = overlaps.argmax(axis=1) if len(ours) else []
+            assert [theirs.names[i] for i in nearest] == list(ours.names), (model, other, ours.path)
 
 
 @pytest.mark.timeout(900)
