@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from detkit import Dataset, Trainer
+from detkit.errors import UsageError
 from detkit.runs import Run
 from detkit.testing import tiny_dataset
 from detkit_sagemaker.testing import Simulator
@@ -51,7 +53,7 @@ def data(tmp_path: Path) -> Dataset:
 def on_two(aws: Simulator, **settings: object) -> Trainer:
     image = aws.image("detkit:latest")
     return Trainer(
-        backend="sagemaker", role=aws.role, image_uri=image, yes=True, instance_count=2, **SETTINGS, **settings
+        backend="sagemaker", role=aws.role, image_uri=image, yes=True, instance_count=2, **{**SETTINGS, **settings}
     )  # type: ignore[arg-type]
 
 
@@ -65,6 +67,26 @@ def test_two_machines_end_where_one_does(simulator: Simulator, data: Dataset) ->
     assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
     assert run.model.manifest.hardware["processes"] == "2"
     assert run.model.manifest.metrics["val/AP"] == pytest.approx(alone.model.manifest.metrics["val/AP"], abs=1e-3)
+
+
+def test_weights_of_a_file(simulator: Simulator, data: Dataset, tmp_path: Path) -> None:
+    """They travel to the container, which begins like a run of this machine."""
+    first = Trainer(**SETTINGS, epochs=2, device="cpu").fit(data, data, name="first", quiet=True)  # type: ignore[arg-type]
+    file = shutil.copy(first.model.path / "weights.safetensors", tmp_path / "mine.safetensors")
+    here = Trainer(**SETTINGS, epochs=2, device="cpu", weights=file).fit(data, data, name="here", quiet=True)  # type: ignore[arg-type]
+    there = on_two(simulator, epochs=2, weights=file).fit(data, data, name="there", instance_count=1, quiet=True)
+    assert losses(there) == losses(here)
+    assert there.model.manifest.weights.sha256 == here.model.manifest.weights.sha256
+
+
+def test_weights_that_the_container_fetches(simulator: Simulator, data: Dataset) -> None:
+    settings = {"model": "torchvision/ssdlite320_mobilenet_v3_large", "image_size": 320, "iterations": 1}
+    trainer = on_two(simulator, **settings)
+    assert any("fetches weights=coco" in note for note in trainer.plan(data, data, weights="coco").notes)
+    with pytest.raises(UsageError, match="whose cache is empty; .*weights=coco"):
+        trainer.plan(data, data, weights="auto")
+    with pytest.raises(UsageError, match="which reaches nothing; .*weights=none"):
+        trainer.plan(data, data, weights="coco", network_isolation=True)
 
 
 def test_stopped_on_both_machines_and_resumed(simulator: Simulator, data: Dataset) -> None:

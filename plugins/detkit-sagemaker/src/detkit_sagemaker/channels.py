@@ -13,11 +13,11 @@ import numpy as np
 from detkit.curation import merge
 from detkit.data import Dataset
 from detkit.errors import DetkitWarning, UsageError
-from detkit.files import write_json
+from detkit.files import file_sha256, write_json
 from detkit.io import write_dataset
 from detkit.job import Job, Workspace
 from detkit_sagemaker import uploads
-from detkit_sagemaker.container.training import IMAGES, LINKS
+from detkit_sagemaker.container.training import IMAGES, LINKS, WEIGHTS
 from detkit_sagemaker.requests import Channel
 from detkit_sagemaker.uploads import Bundle, File
 
@@ -94,6 +94,12 @@ def for_our_container(workspace: Workspace, job: Job, folder: Path, but: Collect
         elif files:
             staged.append(Staged(name=channel.name, bundle=Bundle(files)))
     return staged
+
+
+def weights(file: Path) -> Staged:
+    """Return the channel of a file that our container's training starts from."""
+    bundle = Bundle((File(file.name, file, file_sha256(file), file.stat().st_size),))
+    return Staged(name=WEIGHTS, bundle=bundle, input_mode="File")
 
 
 def _left_in_s3(name: str, there: Mapping[str, str], folder: Path) -> tuple[Staged, File]:

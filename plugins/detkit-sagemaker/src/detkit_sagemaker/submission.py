@@ -196,16 +196,17 @@ def _ours(given: _Common) -> Submission:
         )
     earlier, staged = given.earlier, list[Staged]()
     if earlier is None or not earlier.staged:
+        params, weights = _starts_from(given)
         job = msgspec.structs.replace(
             given.job,
             backend=backend.name,
             model=model,
             engine=backend.engine,
-            params=_params_there(given.job.params, given.workspace),
+            params=params,
             options=msgspec.to_builtins(backend.options()),
             versions=plugins.versions(backend.name),
         )
-        staged = channels.for_our_container(given.workspace, job, given.folder, given.but)
+        staged = [*channels.for_our_container(given.workspace, job, given.folder, given.but), *weights]
     losses = backend.models[model].losses
     parts = [*(f"train/{name}" for name in losses), *(f"val/{_validation(name)}" for name in losses)]
     metrics = {name: pattern(name) for name in [*_METRICS, *parts][:_MOST_METRICS]}
@@ -240,16 +241,26 @@ def _validation(loss: str) -> str:
     return loss if loss.startswith("loss") else f"loss_{loss}"
 
 
-def _params_there(params: Mapping[str, Any], workspace: Workspace) -> dict[str, Any]:
-    """Return the parameters as the container takes them. Raises `UsageError` for weights that would not be there."""
-    weights = params.get("weights")
-    is_parent = (workspace.parent_model / "detkit.json").is_file()
-    if weights is not None and not is_parent:
+def _starts_from(given: _Common) -> tuple[dict[str, Any], list[Staged]]:
+    """Return the parameters as the container takes them, and the file of weights that it needs for them."""
+    params = dict(given.job.params)
+    wanted = params.get("weights")
+    if wanted is None or (given.workspace.parent_model / "detkit.json").is_file():
+        return params, []
+    if (file := Path(wanted)).is_absolute():  # the trainer has made it so
+        if not file.is_file():
+            raise UsageError(f"weights={wanted}: there is no such file any more")
+        return {**params, "weights": file.name}, [channels.weights(file)]
+    if wanted == "auto" or given.options.network_isolation:
         raise UsageError(
-            f"weights={weights!r} are a file, or are fetched, and our container has neither that file nor a way to "
-            "fetch it; train from a run or model with weights=RUN, or with weights=none"
+            f"weights={wanted} would not be in our container, "
+            + ("which reaches nothing" if given.options.network_isolation else "whose cache is empty")
+            + "; name their file with weights=FILE, or train "
+            + ("" if given.options.network_isolation else "with weights=coco, which it fetches, or ")
+            + "with weights=none"
         )
-    return dict(params)
+    given.notes.append(f"our container fetches weights={wanted}; where it does not reach the network, the job fails")
+    return params, []
 
 
 def _builtin(given: _Common) -> Submission:

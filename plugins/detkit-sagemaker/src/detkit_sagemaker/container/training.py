@@ -25,7 +25,7 @@ from detkit.errors import DetkitError, InvalidData, StorageError, Unsupported, U
 from detkit.files import atomic_write, inside, place
 from detkit.job import Job, Manifest, Trained, Workspace
 from detkit.launching import Machine
-from detkit.params import set_fields
+from detkit.params import Params, set_fields
 from detkit.usercode import UserCode
 from detkit_sagemaker.container import engines
 from detkit_sagemaker.container.archives import unpack
@@ -36,6 +36,9 @@ REASON_LENGTH = 1024
 IMAGES, LINKS = "-images", "links.json"
 """Images that stay where they lie in S3 come in a channel of their own, ``train-images``; ``links.json`` in ``train``
 says for each file of that channel which one of the other it is."""
+
+WEIGHTS = "weights"
+"""Channel with the file that training starts from, where that is no model of detkit's; the job has its name alone."""
 
 PORT = 29400
 """Where the first of several machines listens."""
@@ -73,8 +76,15 @@ class Container(Workspace):
         overlay = {name: job.params[name] for name in given}
         origins = dict.fromkeys(given, "hyperparameters.json")
         params = set_fields(params, overlay, kind=kind, origins=origins)
+        if (weights := self._weights_file(params)) is not None:
+            params = msgspec.structs.replace(params, weights=str(weights))
         options = {**job.options, **self._several()} if trains_in_several(backend) else job.options
         return msgspec.structs.replace(job, params=msgspec.to_builtins(params), options=options)
+
+    def _weights_file(self, params: Params) -> Path | None:
+        weights = getattr(params, "weights", None)
+        file = self.path / "input/data" / WEIGHTS / (weights or "")
+        return file if file.is_file() else None
 
     def _several(self) -> dict[str, Any]:
         """Return the options that say how many processes train: one for each GPU of each machine."""
