@@ -142,6 +142,28 @@ def test_keys_that_the_code_adds_in_a_configuration_file(tiny: Dataset, code: Pa
         train(tiny, code, "config", **given)
 
 
+def test_a_project_of_detectron2s_own_by_its_configuration_file(tiny: Dataset) -> None:
+    """TridentNet, as it lies in a checkout: it brings a backbone, heads, proposals and keys of its own."""
+    found = sources.package()
+    project = found.parent / "projects" / "TridentNet" if found is not None else Path("TridentNet")
+    if not project.is_dir():
+        pytest.skip("there is no checkout of Detectron2 here, which has its projects")
+    run = train(
+        tiny,
+        project,
+        "config",
+        config=str(project / "configs" / "tridentnet_fast_R_50_C4_1x.yaml"),
+        add_config="tridentnet:add_tridentnet_config",
+        imports=["tridentnet"],
+        **{"MODEL.TRIDENT.BRANCH_DILATIONS": [1, 2, 4], "MODEL.RPN.POST_NMS_TOPK_TRAIN": 20},
+        **{"weights": None, "iterations": 1, "batch_size": 2, "learning_rate": 1e-5},
+    )
+    written = yamls.flatten(yamls.read(run.model.path / "config.yaml").values)
+    assert written["MODEL.TRIDENT.BRANCH_DILATIONS"] == [1, 2, 4]
+    assert written["MODEL.PROPOSAL_GENERATOR.NAME"] == "TridentRPN"
+    assert {"train/loss_rpn_cls", "val/AP50"} <= set(run.metrics)
+
+
 def test_a_key_that_not_even_the_code_adds_is_refused_before_any_step(tiny: Dataset, code: Path) -> None:
     with pytest.raises(RunFailed, match=r"no key of Detectron2 'MODEL\.MYHEAD\.SISE'; did you mean 'MODEL\.MYHEAD\.SI"):
         train(tiny, code, **own_heads(**{"MODEL.MYHEAD.SISE": 3}))
