@@ -15,13 +15,13 @@ import msgspec
 import pytest
 
 from detkit import Choice, Dataset, Float, Int, Predictor, Study, Trainer, Tuner, compare, evaluate, open_study
-from detkit.errors import InvalidValue, PluginError, RunFailed, UnknownName, UsageError
+from detkit.errors import InvalidValue, PluginError, RunFailed, SeenImages, UnknownName, UsageError
 from detkit.params import Params
 from detkit.proofs import prove
 from detkit.searching import grid
 from detkit.shapes import write_shapes
 from detkit.studies import list_studies
-from detkit.tuner import retrain
+from detkit.tuner import rescore, retrain
 
 pytest.importorskip("optuna", reason="pip install 'detkit-sdk[tune]'")
 pytestmark = pytest.mark.usefixtures("clean")
@@ -380,3 +380,22 @@ def test_a_damaged_study_does_not_hide_the_others(shapes: Path) -> None:
     Path("runs/bad/study.json").write_text("{")
     with pytest.warns(UserWarning, match="study runs/bad is left out"):
         assert [study.name for study in list_studies()] == ["good"]
+
+
+def test_rescored_on_images_that_no_trial_saw(shapes: Path, clean: Path) -> None:
+    study = Tuner(Trainer(model="echo/memory", epochs=1), SPACE, trials=4, pruner="none").fit(shapes, quiet=True)
+    by_value = [trial.number for trial in study.ranking()]
+    with pytest.raises(SeenImages):
+        rescore(study)
+    test = study.workspace.dataset("test")
+    assert test is not None
+    with pytest.raises(UsageError, match="of the images are the study's test images"):
+        rescore(study, test)
+    fresh = write_shapes(clean / "fresh", num_images=10, size=48, seed=5)
+    rescore(study, fresh, top=2)
+    scores = {number: evaluate(study.trials[number].run, fresh)["AP"] for number in by_value[:2]}
+    assert {trial.number: trial.rescored for trial in study.trials if trial.rescored is not None} == scores
+    study.keep_rescored({by_value[2]: 0.5, by_value[1]: 0.25})
+    assert [trial.number for trial in study.ranking()] == [by_value[2], by_value[1], by_value[0], by_value[3]]
+    assert study.best.path.name == f"{by_value[2]:04d}"
+    assert "AP 0.5 on images that no trial saw" in str(study.rows())

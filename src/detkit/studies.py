@@ -12,6 +12,7 @@ Optuna is imported when a study is opened; it comes with ``detkit-sdk[tune]``.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import time
@@ -54,6 +55,9 @@ RECORD = "study.json"
 
 _IDENTITY = "detkit"
 """The attribute that holds what all who work on a study agree in."""
+
+_RESCORED = "rescored"
+"""The attribute that holds the AP of trials, by their number, on images that no trial saw."""
 
 _STATES: Mapping[str, TrialState] = {
     "WAITING": "waiting",
@@ -114,6 +118,8 @@ class Trial:
     seconds: float | None
     intermediate: dict[int, float] = field(default_factory=dict)
     """The metric by how much of the training was done, in percent."""
+    rescored: float | None = None
+    """AP on images that no trial saw, see `detkit.tuner.rescore`; None where that was not measured."""
     path: Path | None = None
     """The run's directory; None where it has none, or lies on another machine."""
     facts: Facts = field(default_factory=Facts)
@@ -132,6 +138,7 @@ class Trial:
             "number": self.number,
             "state": self.state,
             "value": self.value,
+            "rescored": self.rescored,
             "seconds": self.seconds,
             "values": self.values,
             "run": None if self.path is None else str(self.path),
@@ -247,7 +254,9 @@ class Study:
     @property
     def trials(self) -> list[Trial]:
         """Every trial so far; those that were begun in vain are left out, see `Facts.surplus`."""
-        return [trial for trial in map(self._trial, self.frozen_trials()) if not trial.facts.surplus]
+        rescored = self.optuna_study.user_attrs.get(_RESCORED, {})
+        found = [self._trial(frozen, rescored.get(str(frozen.number))) for frozen in self.frozen_trials()]
+        return [trial for trial in found if not trial.facts.surplus]
 
     def frozen_trials(self) -> list[optuna.trial.FrozenTrial]:
         """Return Optuna's trials; of one that was done anew after its process was lost only the new one."""
@@ -257,7 +266,7 @@ class Study:
 
     @property
     def best_trial(self) -> Trial:
-        """The finished trial with the best value. Raises `UsageError` before there is one."""
+        """The finished trial that comes first in `ranking`. Raises `UsageError` before there is one."""
         ranked = self.ranking()
         if not ranked:
             failed = [trial for trial in self.trials if trial.state == "failed"]
@@ -276,10 +285,18 @@ class Study:
         return next((trial for trial in self.trials if trial.facts.default and trial.state == "finished"), None)
 
     def ranking(self) -> list[Trial]:
-        """Return the finished trials that have a run, the best first."""
+        """Return the finished trials that have a run, the best first: those that were rescored, then by their value."""
         own = [t for t in self.trials if t.state == "finished" and t.value is not None and t.facts.same_as is None]
         sign = -1 if self.search.mode == "max" else 1
-        return sorted(own, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+        def place(trial: Trial) -> tuple[float, float, int]:
+            return (math.inf if trial.rescored is None else -trial.rescored, sign * (trial.value or 0.0), trial.number)
+
+        return sorted(own, key=place)
+
+    def keep_rescored(self, found: Mapping[int, float]) -> None:
+        """Rank trials by their AP on images that none of them saw; what was kept before goes."""
+        self.optuna_study.set_user_attr(_RESCORED, {str(number): value for number, value in found.items()})
 
     def contenders(self) -> dict[str, Run]:
         """Return the runs that tell whether the search was worth it, for `detkit.compare`: best, next, and defaults."""
@@ -381,7 +398,7 @@ class Study:
     def _repr_html_(self) -> str:
         return html_table(*self.rows())
 
-    def _trial(self, frozen: optuna.trial.FrozenTrial) -> Trial:
+    def _trial(self, frozen: optuna.trial.FrozenTrial, rescored: float | None) -> Trial:
         facts = msgspec.convert(dict(frozen.user_attrs), Facts)
         state = _STATES[frozen.state.name]
         if state == "failed" and facts.same_as is not None:
@@ -395,6 +412,7 @@ class Study:
             value=frozen.value,
             seconds=None if frozen.duration is None else frozen.duration.total_seconds(),
             intermediate=dict(sorted(frozen.intermediate_values.items())),
+            rescored=rescored,
             path=path,
             facts=facts,
         )
@@ -441,6 +459,7 @@ def remark(trial: Trial) -> str:
         "default" if facts.default else "",
         f"the values of trial {facts.same_as}" if facts.same_as is not None else "",
         f"came out exactly as trial {facts.equals}" if facts.equals is not None else "",
+        f"AP {trial.rescored:.4g} on images that no trial saw" if trial.rescored is not None else "",
         facts.reason.partition("\n")[0][:80] if trial.state == "failed" else "",
     ]
     return "; ".join(filter(None, said))

@@ -19,7 +19,10 @@ from detkit.backends import Backend
 from detkit.data import Dataset
 from detkit.durations import seconds
 from detkit.errors import InvalidValue, UsageError
+from detkit.evaluation import evaluate_all
 from detkit.files import lock_file
+from detkit.formats.checks import prepare
+from detkit.io import read_dataset
 from detkit.plans import Plan
 from detkit.runs import Run
 from detkit.searching import PRUNERS, SAMPLERS, grid, share_of_money
@@ -264,6 +267,34 @@ def retrain(study: Study | str | Path, *, name: str | None = None, quiet: bool =
     trainer = Trainer(model=job.model, backend=job.backend, code=code, imports=imports)
     params = {**job.params, **best.values}
     return trainer.fit(merge(parts), None, workspace.dataset("test"), name=name, quiet=quiet, **params, **job.options)
+
+
+def rescore(
+    study: Study | str | Path, data: Dataset | str | Path | None = None, *, top: int = 3, progress: bool = False
+) -> Study:
+    """Score the ``top`` trials by detkit's own AP, on images that none of them saw, and rank them by it from then on.
+
+    For a search that was judged by a number of its place: AWS's mAP, or a loss. Without ``data`` it is on the study's
+    validation images, where the place kept them from its trials, as JumpStart does. Never on the test images, which are
+    for the comparison at the end. Raises `SeenImages` where a trial saw the images, and `UsageError` for test images,
+    and for models that answer only at their place, with what to type.
+    """
+    found = study if isinstance(study, Study) else open_study(study)
+    workspace = found.workspace
+    images = workspace.dataset("validation") if data is None else data
+    if images is None:
+        raise UsageError(f"{found.path} has no validation images; name images that no trial saw")
+    prepared = prepare(read_dataset(images) if isinstance(images, (str, Path)) else images, on_invalid="raise")
+    both = set(prepared.image_digests) & set(workspace.image_digests("test"))
+    if both:
+        raise UsageError(f"{len(both)} of the images are the study's test images, which are for the end; name others")
+    runs = {trial.number: trial.run for trial in found.ranking()[:top]}
+    if not runs:
+        raise UsageError(f"no trial of {found.path} has finished yet")
+    named = {f"trial {number}": run for number, run in runs.items()}
+    scored = evaluate_all(named, prepared.data, progress=progress)
+    found.keep_rescored({number: one.scores["AP"] for number, one in zip(runs, scored, strict=True)})
+    return found
 
 
 def describe(search: Search) -> list[str]:

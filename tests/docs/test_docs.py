@@ -3,7 +3,7 @@
 Pages are run one by one, each in an empty folder, its blocks in order: ``python`` in one namespace, ``console`` line
 by line through bash. Comments of the page, unseen by its readers, say what else there is to know::
 
-    <!-- data: FOLDER [N] -->            draw a data set of N pictures there before going on
+    <!-- data: FOLDER [N [SEED]] -->     draw a data set of N pictures there before going on
     <!-- environment: NAME=VALUE ... --> set variables for the rest of the page, to make a training short
     <!-- account: simulated -->          lead the rest of the page to a simulated AWS account that has our container
     <!-- wheel: FOLDER -->               build this distribution of the repository, for `pip install` to find it
@@ -120,8 +120,9 @@ class Reader:
     def do(self, block: Block) -> None:
         where = f"{page_name(self.page)}:{block.line}"
         if block.language == "data":
-            folder, _, count = block.code.partition(" ")
-            write_shapes(self.folder / folder, num_images=int(count or 12))
+            folder, *rest = block.code.split()
+            count, seed = (*map(int, rest), *(12, 0)[len(rest) :])
+            write_shapes(self.folder / folder, num_images=count, seed=seed)
         elif block.language == "environment":
             for pair in block.code.split():
                 self.environment.setenv(*pair.split("=", 1))

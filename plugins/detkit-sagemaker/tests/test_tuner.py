@@ -21,11 +21,15 @@ import detkit
 from detkit import Dataset, Float, Trainer, Tuner, tuning_there
 from detkit.cli.tuning import app as study_verbs
 from detkit.errors import DetkitWarning, InvalidValue, RunFailed, UsageError
+from detkit.shapes import write_shapes
 from detkit.studies import Study, open_study
 from detkit.testing import tiny_dataset
+from detkit.tuner import rescore
 from detkit_sagemaker.aws import Aws
 from detkit_sagemaker.backend import SagemakerBackend
 from detkit_sagemaker.endpoints import remove
+from detkit_sagemaker.options import TransformOptions
+from detkit_sagemaker.rescoring import transform
 from detkit_sagemaker.testing import Simulator
 
 JUMPSTART = "jumpstart/mxnet-od-ssd-512-resnet50-v1-coco"
@@ -158,6 +162,24 @@ def test_aws_own_models(model: str, aws: Simulator, data: Dataset) -> None:
     assert [trial.state for trial in study.trials] == ["finished"] * 2
     assert [trial.facts.reason for trial in study.trials] == ["", ""]
     assert study.best.metrics[study.search.metric] == pytest.approx(study.best_trial.value)
+
+
+def test_rescored_by_detkit_on_what_jumpstart_was_not_given(aws: Simulator, tmp_path: Path) -> None:
+    """AWS's own loss chooses nothing: its models look at the validation images in a batch transform, and are scored."""
+    train, val, test = (
+        detkit.read_dataset(write_shapes(tmp_path / str(seed), num_images=12, size=64, seed=seed)) for seed in range(3)
+    )
+    space = {"learning_rate": Float(0.05, 0.9, log=True)}
+    study = Tuner(trainer(aws, JUMPSTART, epochs=1), space, trials=2, parallel=2).fit(train, val, test, quiet=True)
+    with pytest.raises(UsageError, match="detkit sagemaker transform"):
+        rescore(study)
+    for trial in study.trials:
+        transform(trial.run.model, val, TransformOptions(role=aws.role, yes=True))
+    rescore(study)
+    assert [trial.rescored for trial in study.trials] == [
+        detkit.evaluate(trial.run, val)["AP"] for trial in study.trials
+    ]
+    assert study.best_trial.rescored == max(trial.rescored or 0.0 for trial in study.trials)
 
 
 def test_ctrl_c_leaves_the_search_and_resume_follows_it(aws: Simulator, data: Dataset, tmp_path: Path) -> None:

@@ -210,6 +210,23 @@ def compare(study: StudyName, *, as_json: Json = False) -> None:
         print(comparison)
 
 
+@app.command("rescore")
+def rescore(
+    study: StudyName,
+    data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="Images that no trial saw.")] = None,
+    *,
+    top: Annotated[int, typer.Option(min=1, help="How many of the best trials.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Score the best trials by detkit's AP on images that none of them saw, and rank them by it.
+
+    Without DATA: on the study's validation images, where the place kept them from its trials.
+    """
+    from detkit.tuner import rescore
+
+    _print(rescore(study, data, top=top, progress=not as_json), as_json=as_json, judged=False)
+
+
 @app.command("enqueue", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def enqueue(context: typer.Context, study: StudyName, *, as_json: Json = False) -> None:
     """Have values tried next, `param=value ...`; the search takes them when it goes on."""
