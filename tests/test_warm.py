@@ -178,3 +178,9 @@ def test_the_users_own_code_is_not_forked(start: Start, tmp_path: Path) -> None:
     run = start("run", code=tmp_path / "mine.py")
     assert run.record.pid == kept().pid
     assert run.wait().status == "finished"
+
+
+def test_no_fork_of_an_interpreter_that_is_not_there(tmp_path: Path) -> None:
+    warm = WarmWorker("/nowhere/python", "echo", "detkit_echo.engine:EchoEngine")
+    with Path(tmp_path / "log").open("wb") as log:
+        assert warm.start(worker_command("/nowhere/python", "echo", str(tmp_path / "run")), log) is None

@@ -86,7 +86,7 @@ class WarmWorker:
             weakref.finalize(self, self._socket.close)
             ready = None
             try:
-                with theirs:
+                with theirs, contextlib.suppress(OSError):  # no such interpreter, which `start_worker` will say
                     self._process = subprocess.Popen(
                         self._command,
                         stdin=theirs.fileno(),
