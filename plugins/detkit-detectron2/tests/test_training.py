@@ -240,6 +240,7 @@ def test_explain_names_the_file_of_each_setting(config: Path) -> None:
         ({"lr_scheduler_iterations": [2, 4]}, InvalidValue, "for lr_scheduler=step, and lr_scheduler is cosine"),
         ({"INPUT.MIN_SIZE_TRAIN_SAMPLING": "range", "image_size": 64}, UsageError, "image_size=64 set the same"),
         ({"MODEL.MASK_ON": True}, UsageError, "faster_rcnn_tiny has none; choose a Mask R-CNN"),
+        ({"masks": True}, UsageError, "masks=true asks for masks, and faster_rcnn_tiny has none"),
         ({"MODEL.WEIGHTS": "https://example.org/a.pkl"}, InvalidValue, "expected weights=none, or the path of a file"),
         ({"DATASETS.TRAIN": "('mine',)"}, UsageError, "give the data"),
         ({"SOLVER.LR_SCHEDULER_NAME": "Poly"}, InvalidValue, "WarmupCosineLR"),
@@ -316,6 +317,7 @@ def test_masks_by_a_native_key_beside_a_file(masked: Dataset, config: Path, tiny
         Trainer(**given, python=sys.executable, **{"MODEL.MASK_ON": True}).prepare(tiny, tiny)
     with pytest.raises(UsageError, match=r"masks=true asks for masks, and .*mine\.yaml has none"):
         Trainer(**given, masks=True).explain()
+    assert explained(**given)["masks"] is False
 
 
 @needs_detectron2

@@ -148,6 +148,8 @@ def adopt(model: str, keys: Mapping[str, str], given: Mapping[str, Any]) -> Adop
     _clip_as_said(overrides, keys, meanings)
     _choose_steps(meanings, given)
     _require_mask_head(model, overrides, keys, given)
+    if model == FROM_CONFIG and "masks" not in given and (why := _has_no_masks(overrides, given)):
+        meanings.append(Meaning("MODEL.MASK_ON", "masks", False, why))
     return Adopted(overrides, meanings)
 
 
@@ -198,18 +200,26 @@ def _require_mask_head(
     model: str, overrides: Mapping[str, str], keys: Mapping[str, str], given: Mapping[str, Any]
 ) -> None:
     """Raise `UsageError` where masks are asked for of a network that has none."""
-    key, config, weights = "MODEL.MASK_ON", given.get("config"), given.get("weights")
+    key, config = "MODEL.MASK_ON", given.get("config")
+    is_asked = str(given.get("masks")).lower() == "true"
     if model != FROM_CONFIG:
-        if key in keys and _flag(keys[key]) and ENTRIES[model].family != "mask_rcnn":
-            raise UsageError(
-                f"{key}={keys[key]} asks for masks, and {model} has none; choose a Mask R-CNN, such as {_WITH_MASKS}"
-            )
-    elif str(given.get("masks")).lower() == "true" and overrides.get(key) != "True":
-        asks = f"masks=true asks for masks, and {config or weights} has none; give {key}=True"
-        if config is not None:
-            raise UsageError(asks)
-        if earlier.is_model(weights) and (key in overrides or not earlier.has_masks(str(weights))):
-            raise UsageError(f"{asks} as well, for a mask head that starts fresh, or leave masks out")
+        said = f"{key}={keys[key]}" if key in keys and _flag(keys[key]) else "masks=true" if is_asked else ""
+        if said and ENTRIES[model].family != "mask_rcnn":
+            raise UsageError(f"{said} asks for masks, and {model} has none; choose a Mask R-CNN, such as {_WITH_MASKS}")
+    elif is_asked and (without := _has_no_masks(overrides, given)):
+        asks = f"masks=true asks for masks, and {without} has none; give {key}=True"
+        raise UsageError(asks if config else f"{asks} as well, for a mask head that starts fresh, or leave masks out")
+
+
+def _has_no_masks(overrides: Mapping[str, str], given: Mapping[str, Any]) -> str:
+    """Return the file, or the earlier model, of a network that has no mask head; empty where it has one."""
+    key, config, weights = "MODEL.MASK_ON", given.get("config"), given.get("weights")
+    if overrides.get(key) == "True":
+        return ""
+    if config is not None:
+        return str(config)
+    is_without = earlier.is_model(weights) and (key in overrides or not earlier.has_masks(str(weights)))
+    return str(weights) if is_without else ""
 
 
 def _meaning(model: str, key: str, text: str, origin: str = "") -> Meaning:

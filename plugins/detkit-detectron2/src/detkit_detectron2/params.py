@@ -114,13 +114,15 @@ _RATES = {"faster_rcnn": 0.02 * 4 / 16, "mask_rcnn": 0.02 * 4 / 16, "retinanet":
 
 def _spec(name: str) -> ModelSpec:
     entry = ENTRIES[name]
+    masks = entry.family == "mask_rcnn"
     if name in TINY:
-        return ModelSpec(params=_TINY, summary=entry.summary, losses=LOSSES[entry.family])
+        return ModelSpec(params=replace(_TINY, masks=masks), summary=entry.summary, losses=LOSSES[entry.family])
     return ModelSpec(
         params=replace(
             Detectron2Params(),
             learning_rate=_RATES[entry.family],
             weights="auto" if name in releases.COCO else "imagenet",
+            masks=masks,
         ),
         summary=entry.summary,
         weights=("coco", "imagenet", "auto") if name in releases.COCO else ("imagenet",),
