@@ -150,6 +150,9 @@ def test_an_image_is_planned_with_docker_or_built_with_codebuild(
     assert (context / "Dockerfile").is_file()
     assert "docker push" in typed.out
     assert "nothing was built" in typed.out
+    assert "is removed" not in typed.out
+    assert typed("build-image", "--with", "echo", "--docker") == 0
+    assert "that folder is removed now; keep one with --folder DIR" in typed.out
     assert typed("build-image", "--with", "ecko") == 2
     assert "did you mean 'echo'" in typed.err
     assert typed("setup", "--apply") == 0
@@ -175,13 +178,20 @@ def test_docker_is_run_as_it_is_said(
     monkeypatch.setenv("PATH", f"{docker.parent}{os.pathsep}{os.environ['PATH']}")
     assert typed("build-image", "--with", "echo", "--yes") == 0
     words = [line.split()[0] for line in seen.read_text().splitlines()]
-    assert words[:3] == ["info", "build", "login"]
+    assert words[:4] == ["info", "buildx", "build", "login"]
     assert words[-1] == "push"
     assert "--password-stdin" in seen.read_text()
     monkeypatch.setenv("FAILING", "push")
     assert typed("build-image", "--with", "echo", "--yes") == 3
     assert "docker push" in typed.err
     assert "exit code 1" in typed.err
+    monkeypatch.setenv("FAILING", "buildx")
+    assert typed("build-image", "--with", "echo", "--yes") == 2
+    assert "Docker is here without buildx" in typed.err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert typed("build-image", "--with", "echo", "--docker", "--yes") == 2
+    assert "there is no command docker here" in typed.err
+    assert "--codebuild" in typed.err
 
 
 def test_local_serves_an_account_until_ctrl_c(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from detkit.errors import RunFailed
+from detkit.errors import RunFailed, UsageError
 from detkit_sagemaker import resources, uploads
 from detkit_sagemaker.aws import Aws, AwsError, explained
 from detkit_sagemaker.policies import BUILD_ROLE
@@ -44,7 +44,8 @@ def is_there(aws: Aws, plan: BuildPlan) -> bool:
 
 
 def build_here(aws: Aws, plan: BuildPlan, tell: Tell) -> None:
-    """Build with Docker and push. Raises `RunFailed` with the command that failed."""
+    """Build with Docker and push. Raises `RunFailed` with the command that failed, `UsageError` without buildx."""
+    _require_buildx()
     _ensure_repository(aws, plan)
     _run(plan.build_command(), tell)
     with explained("signing Docker in (ecr:GetAuthorizationToken)"):
@@ -85,6 +86,18 @@ def build_there(aws: Aws, plan: BuildPlan, root: str, tell: Tell, role: str | No
         with explained(f"stopping build {build} (codebuild:StopBuild)"):
             client.stop_build(id=build)
         raise
+
+
+def _require_buildx() -> None:
+    """Raise `UsageError` where ``docker build`` would not know the Dockerfile's mounts, or be no command."""
+    docker = shutil.which("docker")
+    if docker is None:
+        found = "there is no command docker here"
+    elif subprocess.run([docker, "buildx", "version"], capture_output=True, check=False).returncode:
+        found = "Docker is here without buildx, which this image is built with"
+    else:
+        return
+    raise UsageError(f"{found}; install it (https://docs.docker.com/go/buildx/), or say --codebuild")
 
 
 def _wait(aws: Aws, build: str, tell: Tell) -> None:

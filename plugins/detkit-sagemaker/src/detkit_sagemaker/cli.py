@@ -136,10 +136,10 @@ def build_image(
             else:
                 building.build_here(aws, plan, messages.tell)
             done = True
-        _tell_image(plan, done=done, there=there, as_json=as_json)
+        _tell_image(plan, done=done, there=there, kept=folder is not None, as_json=as_json)
 
 
-def _tell_image(plan: "BuildPlan", *, done: bool, there: bool, as_json: bool) -> None:
+def _tell_image(plan: "BuildPlan", *, done: bool, there: bool, kept: bool, as_json: bool) -> None:
     if as_json:
         messages.print_json(
             {"image_uri": plan.image_uri, "pushed": done, "with": "codebuild" if there else "docker", "base": plan.base}
@@ -149,6 +149,8 @@ def _tell_image(plan: "BuildPlan", *, done: bool, there: bool, as_json: bool) ->
         print(f"next:  --image-uri {plan.image_uri}, or DETKIT_IMAGE_URI={plan.image_uri}")
     else:
         print(plan)
+        if not kept:
+            print("that folder is removed now; keep one with --folder DIR to type these lines yourself")
         how = "CodeBuild would do it, which costs some cents" if there else "Docker is here and would do it"
         print(f"nothing was built: {how}. say --yes")
 
