@@ -1,23 +1,39 @@
-"""The folder that our image is built in, and the requests that have it built. Docker itself does not run here."""
+"""The folder that our image is built in, and the requests that have it built.
+
+Docker itself runs only where it is asked for: with ``pytest -m slow``, ``DETKIT_TEST_IMAGE_BASE`` in the environment, a
+base such as ``python:3.11-slim-bookworm``, and a Docker with buildx that can get it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
+import uuid
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
 
+import detkit
 import detkit_sagemaker
-from detkit.errors import UnknownName, UsageError
+from detkit.backends import PredictOptions
+from detkit.errors import RunFailed, UnknownName, UsageError
+from detkit.images import read_image
+from detkit.testing import tiny_dataset
+from detkit_sagemaker import building
 from detkit_sagemaker.container.build import BuildPlan, plan
+from detkit_sagemaker.testing import Simulator
 
+BASE = "DETKIT_TEST_IMAGE_BASE"
 SOURCE = Path(detkit_sagemaker.__file__).parents[1]
 AT = {"region": "eu-west-1", "account": "123456789012"}
 
@@ -157,3 +173,65 @@ def test_what_cannot_be_built(built: BuildPlan, tmp_path: Path) -> None:
         plan(tmp_path / "a", [], **AT)
     with pytest.raises(UsageError, match="is there already"):
         plan(built.context, ["echo"], **AT)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory, installed: None) -> Iterator[str]:
+    """Our image with echo, really built."""
+    if BASE not in os.environ:
+        pytest.skip(f"{BASE} names no image to build ours on")
+    if not building.has_docker():
+        pytest.skip("no Docker answers here")
+    built = plan(tmp_path_factory.mktemp("image") / "context", ["echo"], base=os.environ[BASE], **AT)
+    docker, build, *words = built.build_command()
+    subprocess.run([docker, build, "--network", "host", *words], check=True)
+    yield built.image_uri
+    subprocess.run([docker, "rmi", "--force", built.image_uri], check=True)
+
+
+@pytest.fixture
+def simulator_images(image: str) -> Iterator[Mapping[str, Sequence[str]]]:
+    """The image as the account starts it, as whom the tests run, so that they may remove what it leaves."""
+    label = f"detkit-test={uuid.uuid4()}"
+    run = f"docker run --rm --network host --label {label} --user {os.getuid()}:{os.getgid()} --env HOME=/tmp"
+    mounted = '--env DETKIT_PORT --volume "$SAGEMAKER_BASE_DIR:/opt/ml"'
+    yield {"detkit:latest": ["sh", "-c", f'exec {run} {mounted} {image} "$0"']}
+    # The simulator kills the client, which Docker does not notice.
+    left = subprocess.run(["docker", "ps", "-aq", "--filter", f"label={label}"], capture_output=True, check=True)
+    for container in left.stdout.decode().split():
+        subprocess.run(["docker", "rm", "--force", container], check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_image_trains_stops_and_serves(
+    echo_account: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETKIT_RUNS", str(tmp_path / "runs"))
+    data = tiny_dataset(tmp_path / "images")
+    here: dict[str, Any] = {"role": echo_account.role, "image_uri": echo_account.image("detkit:latest"), "max_cost": 5}
+    trainer = detkit.Trainer(backend="sagemaker", model="echo/memory", **here)
+    run = trainer.fit(data, data, name="there", quiet=True)
+    local = detkit.Trainer(model="echo/memory").fit(data, data, name="here", quiet=True)
+    with detkit.Predictor(run) as there, detkit.Predictor(local) as own:
+        wanted = [found.to_dict() for found in own.predict(data)]
+        assert [found.to_dict() for found in there.predict(data)] == wanted
+
+    endless = trainer.start(data, data, name="endless", epochs=1_000_000)
+    deadline = time.monotonic() + 60
+    while not any(event.kind == "metric" for event in endless.events(follow=False)):
+        assert endless.goes_on() and time.monotonic() < deadline
+        time.sleep(0.1)
+    endless.stop()
+    assert endless.status == "stopped"
+    kept = boto3.client("s3").list_objects_v2(Bucket=echo_account.bucket, Prefix="detkit/checkpoints/detkit-endless-")
+    assert kept["KeyCount"] > 0
+
+    with pytest.raises(RunFailed, match="loss"):
+        trainer.fit(data, data, name="failing", quiet=True, learning_rate=1e30)
+
+    endpoint = detkit.deploy(run, ttl="1h", **{**here, "max_cost": 1})
+    with contextlib.closing(endpoint.open(PredictOptions(score_threshold=0.5))) as served:
+        (found,) = served.detect([read_image(data.paths[0])])
+    assert found.names == data[0].names
+    endpoint.delete()
