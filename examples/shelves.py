@@ -10,7 +10,7 @@ simulated on this machine. The shelves are drawn where no folder is given.
 """
 
 # needs: an AWS account, real or simulated
-# test: --simulate --machines 2 --model torchvision/fcos_tiny --images 12 --boxes 147 --size 640 --epochs 1
+# test: --simulate --model echo/memory --images 12 --boxes 40 --size 200 --epochs 2
 # prints: shelf_0002\.jpg.*shelf_0005\.jpg.*left out 2.*output\.manifest.*AP \d\.\d+  AP75 \d\.\d+  AR300 \d\.\d+
 
 import argparse

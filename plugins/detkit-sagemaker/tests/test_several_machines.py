@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -67,6 +69,16 @@ def test_two_machines_end_where_one_does(simulator: Simulator, data: Dataset) ->
     assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
     assert run.model.manifest.hardware["processes"] == "2"
     assert run.model.manifest.metrics["val/AP"] == pytest.approx(alone.model.manifest.metrics["val/AP"], abs=1e-3)
+
+
+def test_crowded_shelves(tmp_path: Path) -> None:
+    """The example: 147 boxes an image, two broken files, two machines, a batch transform, and AR at 300."""
+    script = Path(__file__).parents[3] / "examples/shelves.py"
+    given = "--simulate --machines 2 --model torchvision/fcos_tiny --images 12 --boxes 147 --size 640 --epochs 1"
+    done = subprocess.run([sys.executable, script, *given.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"left out 2: shelf_0002\.jpg, shelf_0005\.jpg", done.stdout)
+    assert re.search(r"AP \d\.\d+  AP75 \d\.\d+  AR300 \d\.\d+ on 2 shelves", done.stdout)
 
 
 def test_weights_of_a_file(simulator: Simulator, data: Dataset, tmp_path: Path) -> None:
