@@ -75,7 +75,8 @@ def test_crowded_shelves(tmp_path: Path) -> None:
     """The example: 147 boxes an image, two broken files, two machines, a batch transform, and AR at 300."""
     script = Path(__file__).parents[3] / "examples/shelves.py"
     given = "--simulate --machines 2 --model torchvision/fcos_tiny --images 12 --boxes 147 --size 640 --epochs 1"
-    done = subprocess.run([sys.executable, script, *given.split()], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, script, *given.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"left out 2: shelf_0002\.jpg, shelf_0005\.jpg", done.stdout)
     assert re.search(r"AP \d\.\d+  AP75 \d\.\d+  AR300 \d\.\d+ on 2 shelves", done.stdout)
