@@ -73,6 +73,17 @@ class Aws:
         self.region: str = session.region_name
         self._clients: dict[str, Any] = {}
 
+    @classmethod
+    def of_account(cls, account: str, region: str, what: str) -> Aws:
+        """Return the account that ``what`` is in. Raises `UsageError` where the credentials are of another one."""
+        aws = cls(region)
+        if aws.account != account:
+            raise UsageError(
+                f"{what} is in the AWS account {account}, and the credentials are of {aws.account}; choose others, "
+                "e.g. with AWS_PROFILE"
+            )
+        return aws
+
     def client(self, service: str) -> Any:
         """Return the boto3 client of a service, e.g. ``"sagemaker"``; calls are tried again where that may help."""
         if service not in self._clients:

@@ -103,13 +103,7 @@ class SagemakerRun(Run):
         """The account that the job is in. Raises `UsageError` where the credentials are of another one."""
         if self._aws is None:
             remote = self.remote
-            aws = Aws(remote.region)
-            if aws.account != remote.account:
-                raise UsageError(
-                    f"run {self.path} is in the AWS account {remote.account}, and the credentials are of "
-                    f"{aws.account}; choose others, e.g. with AWS_PROFILE"
-                )
-            self._aws = aws
+            self._aws = Aws.of_account(remote.account, remote.region, f"run {self.path}")
         return self._aws
 
     @property

@@ -120,13 +120,7 @@ class SagemakerTuning(TuningJob):
         """The account that the job is in. Raises `UsageError` where the credentials are of another one."""
         if self._aws is None:
             remote = self.remote
-            aws = Aws(remote.region)
-            if aws.account != remote.account:
-                raise UsageError(
-                    f"the tuning job of {self.workspace.path} is in the AWS account {remote.account}, and the "
-                    f"credentials are of {aws.account}; choose others, e.g. with AWS_PROFILE"
-                )
-            self._aws = aws
+            self._aws = Aws.of_account(remote.account, remote.region, f"the tuning job of {self.workspace.path}")
         return self._aws
 
     @property
