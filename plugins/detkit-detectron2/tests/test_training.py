@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import detkit
-from detkit import Dataset, Run, Trainer
+from detkit import Dataset, Run, Trainer, plugins
 from detkit.errors import InvalidData, InvalidValue, MissingSettings, RunFailed, UnknownName, UsageError
 from detkit_detectron2 import sources, yamls
 
@@ -413,3 +413,16 @@ def test_a_first_step_that_is_not_finite_names_the_losses_there_are(tiny: Datase
         train("mask_rcnn_tiny", tiny, masks=False, iterations=1, processes=2, **keys)
     assert "loss_mask" not in str(caught.value)
     assert "not finite" in str(caught.value)
+
+
+@needs_detectron2
+def test_validation_has_its_losses_and_ends_what_learns_nothing(tiny: Dataset) -> None:
+    settings = {"epochs": 9, "validate_every": "1 epoch", "learning_rate": 1e-12, "early_stopping_patience": 2}
+    run = train("retinanet_tiny", tiny, **settings)
+    validations = [row for row in run.history if "val/AP" in row]
+    scores = [row["val/AP"] for row in validations]
+    assert len(scores) < 9
+    assert max(scores[-2:]) <= max(scores[:-2])
+    parts = {f"val/{name}" for name in plugins.backend("detectron2").spec("retinanet_tiny").losses}
+    assert {"val/loss", *parts} <= validations[0].keys()
+    assert validations[0]["val/loss"] == pytest.approx(sum(validations[0][name] for name in parts), rel=1e-5)
