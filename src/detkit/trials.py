@@ -415,6 +415,8 @@ class Trials:
         for trial in self._study.trials:
             if trial.state != "finished" or trial.path is None or trial.number == going.trial.number:
                 continue
+            if trial.values == going.values:  # both ran at once
+                continue
             with contextlib.suppress(UsageError):
                 if trial.run.model.manifest.artifacts == own:
                     return trial.number

@@ -100,7 +100,7 @@ class Tuner:
         """Search, and return the study. The data is divided as for `Trainer.fit`; no trial sees the test images.
 
         Ctrl-C stops the running trials after their step and is raised again; `resume` goes on with them. Raises
-        `detkit.errors.RunFailed` where no trial can be trained.
+        `detkit.errors.RunFailed` where the first three trials fail and none has finished.
         """
         ready = self.trainer.prepare(train, val, test, **settings)
         search = self._search(ready)
