@@ -32,6 +32,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 from xml.etree import ElementTree
 
 import msgspec
@@ -230,7 +231,8 @@ def reader_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[typin
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(here)
     plugins.registry.cache_clear()
-    yield lambda page: Reader(page, here, monkeypatch)
+    with mock.patch.dict(os.environ):  # blocks set variables too
+        yield lambda page: Reader(page, here, monkeypatch)
     plugins.registry.cache_clear()
 
 

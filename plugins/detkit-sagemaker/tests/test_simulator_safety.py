@@ -187,16 +187,17 @@ def test_a_users_own_settings_lead_nowhere_else(tmp_path: Path) -> None:
     program = """
 import os
 from detkit_sagemaker.testing import Simulator
-with Simulator() as aws:
+with Simulator(images={"mine:latest": ["true"]}) as aws:
     os.environ.update(aws.environment)
     import boto3
+    print(boto3.client("ecr").list_images(repositoryName="mine")["imageIds"][0]["imageTag"])
     print(boto3.client("s3").list_buckets()["Buckets"][0]["Name"] == aws.bucket)
     print(boto3.client("sagemaker").list_models()["Models"])
 """
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, **foreign}, capture_output=True, text=True, check=False
     )
-    assert done.stdout == "True\n[]\n", done.stderr
+    assert done.stdout == "latest\nTrue\n[]\n", done.stderr
 
 
 def test_read_only_folders_can_be_discarded(tmp_path: Path) -> None:

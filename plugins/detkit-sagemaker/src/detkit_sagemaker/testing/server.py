@@ -23,7 +23,7 @@ from detkit_sagemaker.testing.schedules import CHANGING, Schedules
 from detkit_sagemaker.testing.training import TrainingJobs
 from detkit_sagemaker.testing.transform import TransformJobs
 from detkit_sagemaker.testing.tuning import TuningJobs
-from detkit_sagemaker.testing.validation import check_answer, check_request, operations, service_model
+from detkit_sagemaker.testing.validation import botocore_session, check_answer, check_request, operations, service_model
 
 _CREDENTIAL = re.compile(r"Credential=([^/,]+)/\d+/[^/]+/([^/]+)/aws4_request")
 _INVOCATION = re.compile(r"/endpoints/([^/]+)/invocations")
@@ -91,9 +91,12 @@ class Endpoint:
     """
 
     def __init__(self, account: Account) -> None:
+        from moto.core.base_backend import AccountSpecificBackend
         from moto.moto_server import werkzeug_app
 
         werkzeug_app.DISABLE_GLOBAL_CORS = True  # type: ignore[attr-defined]  # as moto imported it
+        # moto asks it for the names of regions; its own would read the user's profile, and fail where that is missing.
+        AccountSpecificBackend.get_session = staticmethod(botocore_session)  # type: ignore[assignment,method-assign]
         self._account = account
         self._moto: Any = werkzeug_app.DomainDispatcherApplication(werkzeug_app.create_backend_app)
         self._hosting = Hosting(account)
