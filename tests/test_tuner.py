@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from detkit import Choice, Dataset, Float, Int, Predictor, Study, Trainer, Tuner
 from detkit.errors import InvalidValue, PluginError, RunFailed, SeenImages, UnknownName, UsageError
 from detkit.params import Params
 from detkit.proofs import prove
-from detkit.searching import grid
+from detkit.searching import grid, share_of_money
 from detkit.shapes import write_shapes
-from detkit.studies import list_studies
+from detkit.studies import Facts, Trial, list_studies
 from detkit.tuner import rescore, retrain
+from detkit.tuning import Search, TrialState
 
 pytest.importorskip("optuna", reason="pip install 'detkit-sdk[tune]'")
 pytestmark = pytest.mark.usefixtures("clean")
@@ -163,6 +165,14 @@ def test_two_at_once(shapes: Path) -> None:
     assert len(study.trials) == 6 and len({one.path for one in study.trials}) == 6
 
 
+def test_each_at_once_has_a_device(shapes: Path) -> None:
+    trainer = Trainer(model="echo/memory", epochs=2, seconds_per_step=0.01)
+    tuner = Tuner(trainer, SPACE, trials=4, parallel=2, pruner="none", devices=["cpu", "cuda:7"])
+    study = tuner.fit(shapes, quiet=True)
+    given = {trial.run.job.options["device"]: trial.state for trial in study.trials}
+    assert given == {"cpu": "finished", "cuda:7": "failed"}, "echo runs on the CPU only"
+
+
 def test_failed_trials_are_told_and_the_others_go_on(shapes: Path) -> None:
     space = {"learning_rate": Choice((0.1, 1e200, 0.2))}
     study = Tuner(ECHO, space, sampler="grid", pruner="none").fit(shapes, quiet=True)
@@ -182,6 +192,72 @@ def test_a_search_without_any_success_ends_and_can_go_on(shapes: Path) -> None:
     study = Tuner().resume("hopeless", quiet=True)
     assert [trial.state for trial in study.trials][:3] == ["failed"] * 3
     assert study.best_trial.number == 3
+
+
+def test_nothing_finished(shapes: Path) -> None:
+    with pytest.raises(RunFailed, match=r"no trial of runs/two finished; the last: .*loss"):
+        Tuner(Trainer(model="echo/memory", learning_rate=1e200, epochs=3), {"seed": Int(0, 9)}, trials=2).fit(
+            shapes, name="two", quiet=True
+        )
+    assert [trial.state for trial in open_study("two").trials] == ["failed"] * 2
+
+
+def test_a_metric_that_never_appears(shapes: Path) -> None:
+    with pytest.raises(RunFailed, match=r"val/mask_AP never appeared; what it told of validation: val/AP, val/AP50"):
+        Tuner(ECHO, SPACE, metric="val/mask_AP", trials=1).fit(shapes, quiet=True)
+
+
+def test_values_that_run_already_are_waited_for(shapes: Path) -> None:
+    trainer = Trainer(model="echo/memory", epochs=2, seconds_per_step=0.02)
+    space = {"learning_rate": Choice((0.1, 0.3))}
+    study = Tuner(trainer, space, trials=8, parallel=3, sampler="random", pruner="none").fit(shapes, quiet=True)
+    assert len([trial for trial in study.trials if trial.path is not None]) == len(study.ranking()) == 2
+    for trial in study.trials:
+        first = study.trials[trial.number if trial.facts.same_as is None else trial.facts.same_as]
+        assert (trial.state, trial.values, trial.value) == ("finished", first.values, first.value)
+
+
+def test_values_whose_run_fails_are_tried_by_who_waited(shapes: Path) -> None:
+    """Nothing is known of them then."""
+    trainer = Trainer(model="echo/memory", epochs=8, seconds_per_step=0.02)
+    tuner = Tuner(trainer, {"learning_rate": Choice((0.3, 0.1))}, trials=2, parallel=2, sampler="random", seed=3)
+    command = [sys.executable, "-c", _KILLER, "runs/waits/trials/0000"]
+    with subprocess.Popen(command) as killer:
+        study = tuner.fit(shapes, name="waits", quiet=True)
+    assert killer.returncode == 0
+    assert [trial.state for trial in study.trials] == ["failed", "finished"]
+    assert study.trials[1].path is not None and study.trials[1].facts.same_as is None
+
+
+_KILLER = """
+import json, os, pathlib, signal, sys, time
+run = pathlib.Path(sys.argv[1])
+events = run / "output/data/metrics.jsonl"
+while not (run / "run.json").is_file() or not events.is_file() or "train/loss" not in events.read_text():
+    time.sleep(0.05)
+os.kill(json.loads((run / "run.json").read_text())["pid"], signal.SIGKILL)
+"""
+
+
+def test_cmaes(shapes: Path) -> None:
+    pytest.importorskip("cmaes", reason="pip install 'detkit-sdk[tune-cmaes]'")
+    space = {**SPACE, "max_detections": Int(20, 200)}
+    study = Tuner(ECHO, space, trials=12, sampler="cmaes", pruner="none").fit(shapes, quiet=True)
+    assert len(study.trials) == 12 and {trial.state for trial in study.trials} == {"finished"}
+    told = {name.partition(":")[0] for one in study.frozen_trials() for name in one.system_attrs}
+    assert "cma" in told, "CMA-ES has chosen, and not what it falls back to"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"parent": "steel"}, "parent=steel: sampler tpe learns from no earlier search"),
+        ({"pruner": "asah"}, "one of median, hyperband, asha, none; or auto"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(shapes: Path, settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)):
+        Tuner(ECHO, SPACE, trials=1, **settings).fit(shapes, quiet=True)
 
 
 def test_equal_results_are_told(shapes: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -210,6 +286,25 @@ def test_what_the_manifest_says_is_believed(shapes: Path) -> None:
     (run.workspace.model / "detkit.json").write_text(json.dumps(manifest))
     with pytest.raises(PluginError, match="and the framework had 0.25"):
         prove(run, {"learning_rate": 0.3}, params, 7)
+
+
+def test_shares_of_the_money() -> None:
+    """All together never cost more, whatever is added; what one did not need falls to those after it."""
+
+    def one(number: int, state: TrialState = "finished", **facts: Any) -> Trial:
+        return Trial(number=number, state=state, values={}, value=None, seconds=None, facts=Facts(**facts))
+
+    search = Search(space={}, metric="val/AP", mode="max", trials=4, max_cost=8.0)
+    assert share_of_money(msgspec.structs.replace(search, max_cost=None)) is None
+    assert share_of_money(search) == 2
+    assert share_of_money(search, [one(0, "running", max_cost=2.0)]) == 2
+    assert share_of_money(search, [one(0, max_cost=2.0, cost=0.5)]) == 2.5
+    assert share_of_money(search, [one(0, same_as=9), one(1, "failed")]) == 4  # these were never paid
+    queued = [one(0, "running", max_cost=2.0), *(one(number, "waiting") for number in range(1, 6))]
+    assert share_of_money(search, queued) == 1  # of seven trials, which are more than was wanted, one is promised
+    spent = [one(number, max_cost=2.0) for number in range(4)]
+    assert share_of_money(search, spent) == 0
+    assert share_of_money(msgspec.structs.replace(search, trials=8, max_cost=10.0), spent) == 0.5
 
 
 def _params() -> Params:

@@ -218,9 +218,10 @@ class Backend(ABC):
     """Whether a run can end with the process that started it."""
     commands: str = ""
     """``"package.module:app"``, a typer app of its own: the verbs of ``detkit <name>``."""
-    samplers: tuple[str, ...] = ()
-    """With which the place searches for the best parameters by itself, see `tune`; the first is what it does unless
-    told. Where there are none, `detkit.Tuner` starts each trial as a run."""
+    samplers: Mapping[str, Sequence[str]] = {}
+    """With which the place searches for the best parameters by itself, see `tune`, each with the pruners that it can
+    have there; the first of them is what is done unless told. Where there are none, `detkit.Tuner` starts each trial
+    as a run."""
 
     @abstractmethod
     def start(self, job: Job, workspace: Workspace, *, leash: bool) -> Run:

@@ -266,11 +266,15 @@ class TrainingLoop(ABC, Generic[BatchT]):
         return {**seconds, **({"bytes_per_step": float(bytes_per_step)} if bytes_per_step else {})}
 
     @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate at its highest: scaled to the batch where ``lr_batch_size`` is given."""
+    def learning_rate_scale(self) -> float:
+        """How much the batch is larger than that of ``lr_batch_size``, where it is given."""
         meant_for = self.params.get("lr_batch_size")
-        scale = self.params["batch_size"] / meant_for if meant_for else 1
-        return float(self.params["learning_rate"] * scale)
+        return float(self.params["batch_size"] / meant_for) if meant_for else 1.0
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate at its highest."""
+        return float(self.params["learning_rate"] * self.learning_rate_scale)
 
     def learning_rate(self, step: int, total_steps: int | None = None) -> float:
         """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule.

@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 def prove(run: Run, values: Mapping[str, Scalar], params: Params, number: int) -> None:
     """Raise `PluginError` unless a run's manifest says that it was trained with the values chosen for it.
 
-    Where the manifest's native configuration has a number of that name, as the framework was told it, that one, too.
+    Where the manifest's native configuration has that name, as the framework was told it, that one, too; engines have
+    it for what `detkit.backends.Backend.space` suggests. A run that was ended early has no manifest: of it the job is
+    looked at that its worker read.
     """
-    manifest, hints = run.model.manifest, typing_hints(type(params))
+    finished = run.status == "finished"
+    trained = run.model.manifest.params if finished else run.job.params
+    native = run.model.manifest.native if finished else {}
+    hints = typing_hints(type(params))
     for name, value in values.items():
         wanted = msgspec.to_builtins(coerce(name, value, hints[name]))
-        told = {"the run": manifest.params.get(name)}
-        if name in manifest.native and wanted not in (None, "auto"):
-            told["the framework"] = manifest.native[name]
+        told = {"the run": trained.get(name)}
+        if name in native and wanted not in (None, "auto"):
+            told["the framework"] = native[name]
         for who, found in told.items():
             if not _same(found, wanted):
                 raise PluginError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from detkit.errors import PluginError, UsageError
@@ -15,9 +15,12 @@ from detkit.tuning import Search
 if TYPE_CHECKING:
     import optuna
 
+    from detkit.studies import Trial
+
 SAMPLERS = ("tpe", "random", "grid", "cmaes")
 PRUNERS = ("median", "hyperband", "asha", "none")
 
+_CENT = 0.01
 _LEAST_SHARE = 10
 """Percent of the training before which no trial is ended."""
 
@@ -83,7 +86,19 @@ def suggest(trial: optuna.Trial, name: str, range_: Range) -> Scalar:
     return trial.suggest_float(name, range_.low, range_.high, step=range_.step, log=range_.log)
 
 
-def share_of_money(options: Mapping[str, Any], search: Search) -> dict[str, Any]:
-    """Return a trial's part of what a search may cost, where the trials are jobs that are paid one by one."""
-    most = options.get("max_cost")
-    return {} if most is None else {"max_cost": most / search.trials}
+def share_of_money(search: Search, others: Sequence[Trial] = ()) -> float | None:
+    """Return what a trial may cost beside the ``others``, in US dollars; None where a search may cost anything.
+
+    What is neither spent nor promised to others is divided among the trials that are still to come. So all together
+    never cost more, whatever is queued or added later; what trials cost less than they might falls to the next ones.
+    """
+    if search.max_cost is None:
+        return None
+    rest, to_come = search.max_cost, max(search.trials, len(others) + 1)
+    for trial in others:
+        promised = trial.facts.max_cost
+        if promised is not None:
+            rest -= promised if trial.facts.cost is None else trial.facts.cost
+        if promised is not None or trial.state not in {"waiting", "running"}:
+            to_come -= 1
+    return rest / max(1, to_come) if rest >= _CENT else 0.0

@@ -27,7 +27,7 @@ from urllib.parse import quote
 import msgspec
 
 from detkit import catalog
-from detkit.errors import PluginError, UnknownName, UsageError
+from detkit.errors import PluginError, RunFailed, UnknownName, UsageError
 from detkit.files import lock_file, write_json
 from detkit.job import SCHEMA, Workspace
 from detkit.params import Params, coerce
@@ -97,12 +97,18 @@ class Facts(msgspec.Struct, kw_only=True):
     """Whether it has the model's default values."""
     same_as: int | None = None
     """The earlier trial with the same values, whose result is this one's, too: it was not run."""
+    repeats: int | None = None
+    """The earlier trial with the same values; a place that searches by itself trained both."""
     equals: int | None = None
     """The earlier trial with other values that came out with the very same weights."""
     surplus: bool = False
     """Whether it was begun when others had begun the last ones; it was not run."""
     job: str = ""
     """A place's own name of what ran it."""
+    max_cost: float | None = None
+    """US dollars that it may cost, of what the search may."""
+    cost: float | None = None
+    """US dollars that it has cost, by an estimated price."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +338,12 @@ class Study:
         """Return a value as a trial has it. Raises `InvalidValue` where it is not in the space."""
         return fitted(name, self.search.space[name], value, typing_hints(type(self.params))[name])
 
+    def raise_if_all_failed(self) -> None:
+        """Raise `RunFailed` with the last reason where no trial came to anything."""
+        trials = self.trials
+        if trials and all(trial.state == "failed" for trial in trials):
+            raise RunFailed(f"no trial of {self.path} finished; the last: {trials[-1].facts.reason}")
+
     def extend(self, **changes: Any) -> None:
         """Change the record's search: more trials, others in parallel. What was found stays."""
         search = msgspec.structs.replace(self.search, **changes)
@@ -458,6 +470,7 @@ def remark(trial: Trial) -> str:
     said = [
         "default" if facts.default else "",
         f"the values of trial {facts.same_as}" if facts.same_as is not None else "",
+        f"has the values of trial {facts.repeats}, too" if facts.repeats is not None else "",
         f"came out exactly as trial {facts.equals}" if facts.equals is not None else "",
         f"AP {trial.rescored:.4g} on images that no trial saw" if trial.rescored is not None else "",
         facts.reason.partition("\n")[0][:80] if trial.state == "failed" else "",

@@ -76,6 +76,16 @@ class _Going:
     """The percents at which the metric was reported."""
 
 
+@dataclass
+class _Twin:
+    """A trial with the values of one that runs, of which it waits for the result."""
+
+    trial: optuna.Trial
+    values: dict[str, Scalar]
+    of: int
+    """The number of the other."""
+
+
 class Trials:
     """Does the trials of a study, some at once, until there are as many as wanted or the time is over."""
 
@@ -91,6 +101,7 @@ class Trials:
         self._params: Params = study.params
         self._order = in_order(self._search.space)
         self._going: list[_Going] = []
+        self._twins: list[_Twin] = []
         self._left: list[optuna.trial.FrozenTrial] = []
         """Trials that a process which is gone had begun."""
         self._waited_for: list[int] = []
@@ -129,10 +140,13 @@ class Trials:
                 ended = self._tend()
                 looks = ended or time.monotonic() >= look_again
                 if looks and len(self._going) < self._search.parallel:
-                    if self._begin_next():
+                    self._look_at_twins()
+                    if len(self._going) < self._search.parallel and self._begin_next():
                         continue
                     look_again = time.monotonic() + _LOOK_S
-                    if not self._going and not self._others():
+                    if not self._going and not self._twins and not self._others():
+                        self._tell_of_money()
+                        self._study.raise_if_all_failed()
                         return
             time.sleep(_POLL_S)
 
@@ -179,6 +193,8 @@ class Trials:
             raise RunFailed(f"{count} trials of {study.path} failed and none finished; the last: {self._failures[-1]}")
         if "WAITING" not in states and len(states) >= self._search.trials:
             return False
+        if share_of_money(self._search, study.trials) == 0:
+            return False
         number = len(states)
         study.optuna_study.sampler = make_sampler(self._search, None if study.storage.shared else number)
         study.optuna_study.pruner = make_pruner(self._search.pruner)
@@ -222,10 +238,13 @@ class Trials:
         return next(one.system_attrs for one in self._study.frozen_trials() if one.number == trial.number)
 
     def _begin(self, trial: optuna.Trial, values: dict[str, Scalar]) -> None:
-        """Start the run of a trial, unless one with the same values has ended."""
+        """Start the run of a trial, unless one with the same values has ended, or runs."""
         try:
             params = set_fields(self._params, values, kind="parameter")
             if (same := self._twin(trial.number, params)) is not None:
+                if same.state == "running":
+                    self._twins.append(_Twin(trial, values, same.number))
+                    return
                 self._note(trial, same_as=same.number)
                 if same.state == "pruned":
                     trial.report(same.value or 0.0, 100)
@@ -248,6 +267,10 @@ class Trials:
         taken = {one.slot for one in self._going}
         slot = next(number for number in itertools.count() if number not in taken)
         options = {**self._job.options, **self._share_of(slot)}
+        others = [one for one in self._study.trials if one.number != trial.number]
+        if (most := share_of_money(self._search, others)) is not None:
+            options["max_cost"] = most
+            self._note(trial, max_cost=most)
         job = msgspec.structs.replace(self._job, params=msgspec.to_builtins(params), options=options)
         workspace = Workspace(path)
         workspace.create(job)
@@ -269,7 +292,7 @@ class Trials:
             share["device"] = self._devices[slot % len(self._devices)]
         if self._search.parallel > 1 and own.get("threads") == "auto":
             share["threads"] = max(1, (os.cpu_count() or 1) // self._search.parallel)
-        return {**share, **share_of_money(own, self._search)}
+        return share
 
     def _take_over(self, frozen: optuna.trial.FrozenTrial) -> None:
         """Go on with a trial whose process is gone: with its run where that can be resumed, else anew."""
@@ -321,6 +344,24 @@ class Trials:
             self._changed()
         return len(self._going) < before
 
+    def _look_at_twins(self) -> None:
+        """Record trials whose twins have ended, or begin them where nothing came of those."""
+        if not self._twins:
+            return
+        running = {trial.number for trial in self._study.trials if trial.state == "running"}
+        for twin in [twin for twin in self._twins if twin.of not in running]:
+            if len(self._going) < self._search.parallel:
+                self._twins.remove(twin)
+                self._begin(twin.trial, twin.values)
+
+    def _tell_of_money(self) -> None:
+        trials = self._study.trials
+        if len(trials) < self._search.trials and share_of_money(self._search, trials) == 0:
+            self._watcher.said(
+                f"the search has cost what it may; `detkit tune --resume {self._study.path} --max-cost N` goes on, N "
+                "being US dollars for all trials together"
+            )
+
     def _take(self, going: _Going, event: Event) -> bool:
         """Take up an event; says whether it is worth showing."""
         going.step = event.step or going.step
@@ -330,7 +371,7 @@ class Trials:
         value = event.values.get(self._search.metric) if event.kind == "metric" else None
         if not isinstance(value, int | float):
             return False
-        percent = self._percent(going, event)
+        percent = percent_done(event, going.total_steps, going.run.job)
         if percent is not None and percent not in going.seen:
             going.seen.add(percent)
             try:
@@ -342,20 +383,16 @@ class Trials:
             going.pruned |= percent < 100 and not is_default and going.trial.should_prune()
         return True
 
-    def _percent(self, going: _Going, event: Event) -> int | None:
-        """Return how much of the training is done; None where nobody can tell."""
-        if going.total_steps and event.step is not None:
-            return round(100 * event.step / going.total_steps)
-        epochs = going.run.job.params.get("epochs")
-        return round(100 * event.epoch / epochs) if epochs and event.epoch is not None else None
-
     def _end(self, going: _Going) -> None:
         """Record what came of a trial."""
         states = self._optuna.trial.TrialState
         try:
             if going.pruned:
                 going.run.stop()
+            if going.run.cost is not None:
+                self._note(going.trial, cost=going.run.cost)
             if going.pruned and going.run.status != "finished":  # else its last step was faster
+                prove(going.run, going.values, self._params, going.trial.number)
                 self._tell(going.trial, state=states.PRUNED)
                 return
             run = going.run.wait()
@@ -402,10 +439,15 @@ class Trials:
         self._changed()
 
     def _twin(self, number: int, params: Params) -> Trial | None:
-        """Return the trial that has ended with the same parameters; of one that failed nothing is known."""
+        """Return the trial with the same parameters that has ended, or the earlier one whose run goes on.
+
+        Of one that failed nothing is known.
+        """
         for trial in self._study.trials:
             ended = trial.state in {"finished", "pruned"} and trial.facts.same_as is None
-            if ended and trial.number != number and set_fields(self._params, trial.values, kind="parameter") == params:
+            runs = trial.state == "running" and trial.number < number and trial.facts.run
+            same = trial.number != number and set_fields(self._params, trial.values, kind="parameter") == params
+            if same and (ended or runs):
                 return trial
         return None
 
@@ -430,6 +472,7 @@ class Trials:
             with contextlib.suppress(DetkitError):
                 going.run.stop()
         self._going.clear()
+        self._twins.clear()
 
     def _changed(self) -> None:
         self._watcher.changed(
@@ -439,6 +482,14 @@ class Trials:
                 for one in self._going
             },
         )
+
+
+def percent_done(event: Event, total_steps: float, job: Job) -> int | None:
+    """Return how much of a training was done when an event was written; None where nobody can tell."""
+    if total_steps and event.step is not None:
+        return round(100 * event.step / total_steps)
+    epochs = job.params.get("epochs")
+    return round(100 * event.epoch / epochs) if epochs and event.epoch is not None else None
 
 
 def begin(study: Study) -> None:

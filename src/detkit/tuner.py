@@ -36,6 +36,8 @@ from detkit.tuning_there import search_there
 from detkit.tuning_view import View
 
 DEFAULT_TRIALS = 20
+_CONSENT = {"max_cost", "yes"}
+"""The options by which somebody said what may be paid."""
 
 
 class Tuner:
@@ -58,7 +60,8 @@ class Tuner:
     ``storage`` names a database server on which several machines work on one study, e.g.
     ``postgresql+pg8000://user:$PASSWORD@host/studies``, where ``$PASSWORD`` is an environment variable; each of them is
     started with the same trainer, space, data and name.
-    ``parent`` is an earlier study at a place that searches by itself, whose trials are learned from.
+    ``parent`` is an earlier study at a place that searches by itself, whose trials are learned from. Where trials are
+    paid, ``max_cost`` among the trainer's settings is for all of them together.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class Tuner:
         """Search, and return the study. The data is divided as for `Trainer.fit`; no trial sees the test images.
 
         Ctrl-C stops the running trials after their step and is raised again; `resume` goes on with them. Raises
-        `detkit.errors.RunFailed` where the first three trials fail and none has finished.
+        `detkit.errors.RunFailed` where no trial finishes, after the first three that failed.
         """
         ready = self.trainer.prepare(train, val, test, **settings)
         search = self._search(ready)
@@ -122,7 +125,8 @@ class Tuner:
             if search.sampler in backend.samplers:
                 plan = backend.plan_tuning(ready.job, workspace, search)
             else:
-                options = {**ready.job.options, **share_of_money(ready.job.options, search)}
+                share = share_of_money(search)
+                options = {**ready.job.options, **({} if share is None else {"max_cost": share})}
                 plan = _of_all(backend.plan(msgspec.structs.replace(ready.job, options=options), workspace), search)
         return replace(plan, notes=(*describe(search), *ready.told, *plan.notes))
 
@@ -133,20 +137,28 @@ class Tuner:
         trials: int | None = None,
         budget: str | float | None = None,
         parallel: int | None = None,
+        max_cost: float | None = None,
         quiet: bool = False,
     ) -> Study:
         """Go on with a study where it was left, or with more ``trials`` than it had: finished ones stay as they are.
 
-        The search is the study's own; of this tuner only ``devices`` and ``budget`` count.
+        The search is the study's own; of this tuner only ``devices`` and ``budget`` count. ``max_cost`` are US dollars
+        for all trials together, also those done.
         """
         found = study if isinstance(study, Study) else open_study(study)
         if trials is not None and trials < len(found.trials):
             raise InvalidValue("trials", trials, f"at least {len(found.trials)}: all trials together, also those done")
         if trials is not None and trials > found.search.trials and found.search.sampler == "grid":
             raise InvalidValue("trials", trials, f"{found.search.trials}: all combinations of the grid are among them")
-        changes = {name: n for name, n in (("trials", trials), ("parallel", parallel)) if n is not None}
+        changes: dict[str, float] = {n: v for n, v in (("trials", trials), ("parallel", parallel)) if v is not None}
         for name, value in changes.items():
             _require_count(name, value)
+        if max_cost is not None:
+            if found.search.max_cost is None:
+                raise UsageError(f"{found.path} was begun without max_cost, and goes on as it was")
+            changes["max_cost"] = max_cost
+        if self._devices and found.searched_there:
+            self._refuse_what_has_no_effect(plugins.backend(found.record.backend), found.search.sampler)
         if changes and found.searched_there:
             raise UsageError(
                 f"{found.record.backend} searches by itself, with the numbers it was given; begin another search that "
@@ -171,9 +183,12 @@ class Tuner:
         sampler = samplers[0] if self._sampler == "auto" else self._sampler
         if sampler not in samplers:
             raise InvalidValue("sampler", sampler, f"one of {', '.join(samplers)}, or auto")
-        pruner = "median" if self._pruner == "auto" else self._pruner
-        if pruner not in PRUNERS:
-            raise InvalidValue("pruner", pruner, f"one of {', '.join(PRUNERS)}, or auto")
+        pruners = backend.samplers.get(sampler, PRUNERS)
+        pruner = pruners[0] if self._pruner == "auto" else self._pruner
+        if pruner not in pruners:
+            whose = f", which is what {sampler} can have at {backend.name}" if sampler in backend.samplers else ""
+            raise InvalidValue("pruner", pruner, f"one of {', '.join(pruners)}{whose}; or auto")
+        self._refuse_what_has_no_effect(backend, sampler)
         metric, mode = self._judge(backend, model, params)
         if metric.startswith("val/") and "validation" not in ready.gathered.prepared:
             raise UsageError(
@@ -199,7 +214,24 @@ class Tuner:
             pruner=pruner,
             seed=self._seed,
             parent=self._parent,
+            max_cost=ready.job.options.get("max_cost"),
+            budget_s=self._budget_s if sampler in backend.samplers else None,
         )
+
+    def _refuse_what_has_no_effect(self, backend: Backend, sampler: str) -> None:
+        place = f"{backend.name} searches by itself (sampler {sampler})"
+        if sampler not in backend.samplers:
+            if self._parent:
+                there = f"; choose one of {', '.join(backend.samplers)}" if backend.samplers else ""
+                raise UsageError(f"parent={self._parent}: sampler {sampler} learns from no earlier search{there}")
+            if self._devices and not hasattr(backend.options(), "device"):
+                raise UsageError(
+                    f"devices={','.join(self._devices)}: {backend.name} has no option device; leave it out"
+                )
+        elif self._devices:
+            raise UsageError(f"devices={','.join(self._devices)}: {place}, not on this machine's; leave it out")
+        elif self._storage:
+            raise UsageError(f"storage= is for several machines that search together, and {place}; leave it out")
 
     def _judge(self, backend: Backend, model: str, params: Any) -> tuple[str, Mode]:
         known = backend.tuning_metrics(model)
@@ -235,7 +267,7 @@ class Tuner:
         return _laid_out(path, record, ready)
 
     def _go_on(
-        self, study: Study, *, quiet: bool, ready: Ready | None = None, changes: Mapping[str, int] | None = None
+        self, study: Study, *, quiet: bool, ready: Ready | None = None, changes: Mapping[str, float] | None = None
     ) -> Study:
         backend = plugins.backend(study.record.backend)
         deadline = time.monotonic() + self._budget_s if self._budget_s is not None else math.inf
@@ -251,10 +283,12 @@ class Tuner:
         return study
 
 
-def retrain(study: Study | str | Path, *, name: str | None = None, quiet: bool = False) -> Run:
+def retrain(study: Study | str | Path, *, name: str | None = None, quiet: bool = False, **settings: Any) -> Run:
     """Train the best trial's parameters on the training and validation images together, and return the run.
 
     Nothing is left to choose the weights by, so the last ones are kept; the study's test images are scored once.
+    ``settings`` are parameters and options that are to differ. What the search was allowed to cost is not for this run:
+    where it is paid, say so anew, e.g. ``max_cost=5``.
     """
     from detkit.curation import merge
 
@@ -265,8 +299,9 @@ def retrain(study: Study | str | Path, *, name: str | None = None, quiet: bool =
     code = workspace.code if workspace.code.is_dir() else None
     imports = job.code.imports if job.code is not None else None
     trainer = Trainer(model=job.model, backend=job.backend, code=code, imports=imports)
-    params = {**job.params, **best.values}
-    return trainer.fit(merge(parts), None, workspace.dataset("test"), name=name, quiet=quiet, **params, **job.options)
+    kept = {**job.params, **best.values, **{name: job.options[name] for name in job.options.keys() - _CONSENT}}
+    test = workspace.dataset("test")
+    return trainer.fit(merge(parts), None, test, name=name, quiet=quiet, **{**kept, **settings})
 
 
 def rescore(

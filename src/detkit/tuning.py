@@ -36,6 +36,10 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     parent: str = ""
     """An earlier study whose trials are learned from, by its name at a place that searches by itself."""
+    max_cost: float | None = None
+    """US dollars that all trials together may cost, by their estimates."""
+    budget_s: float | None = None
+    """Seconds that a search may take that a place does by itself; of others each process counts its own."""
 
 
 class PlaceTrial(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,12 +6,14 @@ import contextlib
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import msgspec
 
+from detkit import catalog
 from detkit.backends import Backend
 from detkit.errors import DetkitError, InvalidValue, RunFailed, UsageError
 from detkit.events import Event
@@ -21,8 +23,11 @@ from detkit.proofs import prove
 from detkit.spaces import Choice, Int, Scalar, chosen, steps_of
 from detkit.studies import Study, short
 from detkit.study_storage import distribution, import_optuna
-from detkit.trials import HELD_BACK, Watcher
+from detkit.trials import HELD_BACK, Watcher, percent_done
 from detkit.tuning import PlaceTrial, TrialState, TuningJob
+
+if TYPE_CHECKING:
+    from detkit.runs import Run
 
 _POLL_S = 1.0
 _PAUSE_S, _LAST_TRIES = 20.0, 3
@@ -59,6 +64,8 @@ def search_there(study: Study, backend: Backend, watcher: Watcher, *, deadline: 
     failed = f"{job.name} failed: {job.reason}" if job.status == "failed" else ""
     if faults := [fault for fault in (failed, mirror.what_is_missing()) if fault]:
         raise RunFailed("\n".join(faults))
+    if job.status == "finished":
+        study.raise_if_all_failed()
     if job.reason:
         watcher.said(f"{job.name} was stopped: {job.reason}")
 
@@ -151,16 +158,21 @@ class _Mirror:
             if reason:
                 self._watcher.said(f"trial {number} ({trial.name}) is {state}: {reason}")
         self._missing.pop(trial.name, None)
-        facts = {"job": trial.name, "reason": reason}
+        facts: dict[str, Any] = {"job": trial.name, "reason": reason}
+        course: dict[int, float] = {}
         if (path / "run.json").is_file():
             facts["run"] = str(path.relative_to(study.path))
+            course = _course(catalog.open_run(path), study.search.metric)
+        if (same := _same_values(study, values)) is not None and not fault:
+            facts["repeats"] = same
+            self._watcher.said(f"trials {same} and {number} have the same values; the place trained both")
         frozen = import_optuna().trial.create_trial(
             state={"finished": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state],
             params=values,
             distributions={name: distribution(study.search.space[name]) for name in values},
             value=value if state == "finished" else None,
-            intermediate_values={100: value} if state == "pruned" and value is not None else {},
-            user_attrs={name: fact for name, fact in facts.items() if fact},
+            intermediate_values=course or ({100: value} if state == "pruned" and value is not None else {}),
+            user_attrs={name: fact for name, fact in facts.items() if fact != ""},
         )
         if trial.seconds is not None:
             frozen.datetime_start = frozen.datetime_complete - timedelta(seconds=trial.seconds)
@@ -194,6 +206,28 @@ class _Mirror:
             self._watcher.said(f"{trial.name} has ended, and could not be brought here; tried again soon: {error}")
         self._missing[trial.name] = str(error)
         self._again = time.monotonic() + _PAUSE_S
+
+
+def _course(run: Run, metric: str) -> dict[int, float]:
+    """Return the metric by how much of the training was done, in percent, as far as the run tells."""
+    total_steps, found = 0.0, dict[int, float]()
+    for event in run.events(follow=False):
+        if event.kind == "progress":
+            total_steps = float(event.values.get("total_steps", total_steps))
+        value = event.values.get(metric) if event.kind == "metric" else None
+        if isinstance(value, int | float) and math.isfinite(value):
+            percent = percent_done(event, total_steps, run.job)
+            if percent is not None:
+                found[percent] = float(value)
+    return found
+
+
+def _same_values(study: Study, values: Mapping[str, Scalar]) -> int | None:
+    """Return the number of the first trial with these values that was trained."""
+    for trial in study.trials:
+        if trial.values == values and trial.state != "failed" and trial.facts.repeats is None:
+            return trial.number
+    return None
 
 
 def _values(study: Study, trial: PlaceTrial) -> tuple[dict[str, Scalar], str]:

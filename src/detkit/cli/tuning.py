@@ -130,19 +130,23 @@ def tune(
     )
     if resume is not None:
         typed = [name for name in context.params if _is_typed(context, name)]
+        money = settings.pop("max_cost", None)
+        settings.pop("yes", None)
         other = [*given.positions, *settings, *space]
         other += [f"--{name.replace('_', '-')}" for name in typed if name not in _OF_RESUME]
         if other:
             raise UsageError(
                 f"--resume goes on with a study as it was begun; leave out {', '.join(other)}: only --trials, "
-                "--parallel, --budget and --devices are new"
+                "--parallel, --budget, --max-cost and --devices are new"
             )
     if dry_run:
         _print_plan(tuner, read_data(given, test, format), as_json=as_json)
         return
     try:
         if resume is not None:
-            study = tuner.resume(resume, trials=trials, budget=budget, parallel=parallel, quiet=quiet)
+            study = tuner.resume(
+                resume, trials=trials, budget=budget, parallel=parallel, max_cost=_dollars(money), quiet=quiet
+            )
         else:
             study = tuner.fit(*read_data(given, test, format), name=name, quiet=quiet)
     except KeyboardInterrupt:
@@ -151,7 +155,16 @@ def tune(
     _print(study, as_json=as_json, judged=True)
 
 
-_OF_RESUME = {"resume", "words", "trials", "parallel", "budget", "devices", "quiet", "as_json", "yes"}
+_OF_RESUME = {"resume", "words", "trials", "parallel", "budget", "devices", "quiet", "as_json"}
+
+
+def _dollars(text: str | None) -> float | None:
+    from detkit.errors import InvalidValue
+
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        raise InvalidValue("max_cost", text, "US dollars, such as 5") from None
 
 
 def _is_typed(context: typer.Context, name: str) -> bool:
@@ -232,31 +245,48 @@ def enqueue(context: typer.Context, study: StudyName, *, as_json: Json = False) 
     """Have values tried next, `param=value ...`; the search takes them when it goes on."""
     from detkit.studies import open_study
 
-    given = sort_words(context.args, own_flags(context), "studies enqueue STUDY")
+    values = _settings(context, "studies enqueue STUDY")
     found = open_study(study)
-    found.enqueue(**given.settings)
+    found.enqueue(**values)
     if as_json:
         messages.print_json(found.to_dict())
     else:
         print(f"next:  detkit tune --resume {messages.shown(found.path)}")
 
 
-@app.command("retrain")
+@app.command("retrain", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def retrain(
+    context: typer.Context,
     study: StudyName,
     *,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="The run's name under `runs/`.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Start what costs money, without `--max-cost`.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train the best trial's values on training and validation images together."""
+    """Train the best trial's values on training and validation images together.
+
+    `param=value` and `--option VALUE` are what is to differ. Where it is paid, `--max-cost` or `--yes` is for this run.
+    """
     from detkit.tuner import retrain
 
-    run = retrain(study, name=name, quiet=quiet)
+    settings: dict[str, Any] = _settings(context, "studies retrain STUDY")
+    if yes:
+        settings["yes"] = "true"
+    run = retrain(study, name=name, quiet=quiet, **settings)
     if as_json:
         messages.print_json(describe(run))
     else:
         print_summary(run)
+
+
+def _settings(context: typer.Context, usage: str) -> dict[str, str]:
+    from detkit.errors import UsageError
+
+    given = sort_words(context.args, own_flags(context), usage)
+    if given.positions:
+        raise UsageError(f"`detkit {usage} param=value ...` takes no {given.positions[0]!r}")
+    return given.settings
 
 
 def _ranges(given: Words) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -301,6 +331,8 @@ def _print(study: "Study", *, as_json: bool, judged: bool) -> None:
     if ranked:
         print(f"best   {messages.shown(ranked[0].path or study.path)}")
     print(f"next:  detkit plot {place}")
+    if ranked and not study.search.metric.startswith("val/") and all(trial.rescored is None for trial in ranked):
+        print(f"       detkit studies rescore {place}   # {study.search.metric} is not detkit's; rank by AP")
     print(f"       detkit studies retrain {place}")
     if not study.searched_there and study.search.sampler != "grid":
         print(f"       detkit tune --resume {place} --trials {study.search.trials * 2}")

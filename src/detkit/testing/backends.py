@@ -328,6 +328,11 @@ class BackendTests:
         assert {"detkit", "python"} < set(manifest.versions), "engines add the version of their framework"
         assert manifest.data["train"]["digest"] == jobs.base.workspace.dataset("train").digest()  # type: ignore[union-attr]
         assert sorted(model.seen()["train"]) == sorted(file_sha256(Path(path)) for path in jobs.data.paths)
+        for name in plugins.backend(self.backend).space(self.model):
+            told = manifest.native.get(name)
+            assert told == pytest.approx(manifest.params[name], rel=1e-9), (
+                f"{name} is usually searched: native= of `Trained` has to say, by that name, what the framework had"
+            )
         assert {"val/AP", "val/AP50"} <= set(manifest.metrics)
         assert manifest.seconds > 0
         assert manifest.max_detections >= 1

@@ -315,6 +315,7 @@ class Training(TrainingLoop[Batch]):
                 "config": CONFIG,
                 "batch_size": self.params["batch_size"],
                 "peak_learning_rate": self.peak_learning_rate,
+                "learning_rate": self.optimizer.defaults["lr"] / self.learning_rate_scale,
                 "weight_decay": max(group["weight_decay"] for group in self.optimizer.param_groups),
                 "steps": self.step,
                 "total_steps": self.total_steps,

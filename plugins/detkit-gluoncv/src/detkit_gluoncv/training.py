@@ -68,6 +68,7 @@ class Training(TrainingLoop[Batch]):
             frozen = freeze(self.net, self.params["freeze"])
             self.say(f"{len(frozen)} parameters stay as they are: {frozen[0]} ... {frozen[-1]}")
         self.trainer = self._make_trainer()
+        self._rate_at_first = float(self.trainer.learning_rate)
         if self.resumes:
             self.resume()
         self.targets = Targets(anchors(self.net, self.image_size, self.context))
@@ -220,6 +221,8 @@ class Training(TrainingLoop[Batch]):
         return Trained(
             native={
                 "image_size": self.image_size,
+                "batch_size": self.params["batch_size"],
+                "learning_rate": self._rate_at_first,
                 "steps": self.step,
                 "total_steps": self.total_steps,
                 "steps_per_epoch": self.steps_per_epoch,

@@ -43,8 +43,14 @@ class SagemakerBackend(Backend):
     deploy_options = DeployOptions
     leashed = False
     commands = "detkit_sagemaker.cli:app"
-    samplers = ("amt", "amt-random", "amt-hyperband", "amt-grid")
-    """AWS's automatic model tuning: Bayesian, random, Hyperband, grid."""
+    samplers: Mapping[str, Sequence[str]] = {
+        "amt": ("median", "none"),
+        "amt-random": ("median", "none"),
+        "amt-hyperband": ("hyperband",),
+        "amt-grid": ("median", "none"),
+    }
+    """AWS's automatic model tuning: Bayesian, random, Hyperband, grid. Its early stopping is by the median of earlier
+    trials; Hyperband ends trials by itself."""
     resume = "exact"
     """For our container; what AWS's images do is not known."""
 

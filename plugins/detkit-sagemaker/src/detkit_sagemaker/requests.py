@@ -6,6 +6,7 @@ Everything here is pure: no credentials, no network. The check is against the se
 from __future__ import annotations
 
 import functools
+import math
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ LARGEST_TRANSFORM_MB = 100
 
 _NAME_LENGTH = 63
 _TUNING_NAME_LENGTH = 32
+_SHORTEST_SEARCH = 120
+"""Seconds: the least ``MaxRuntimeInSeconds`` of a tuning job (API reference, ResourceLimits)."""
 _CHECKPOINTS = "/opt/ml/checkpoints"
 _OF_ONE_JOB = ("TrainingJobName", "HyperParameters", "Tags")
 """What the definition of a tuning job's training jobs has no place for."""
@@ -149,6 +152,7 @@ def tuning_request(
     parallel: int,
     early_stopping: bool,
     seed: int,
+    budget_s: float | None = None,
     epochs: int | None = None,
     warm_start: Request | None = None,
 ) -> Request:
@@ -159,6 +163,8 @@ def tuning_request(
     limits = {"MaxParallelTrainingJobs": parallel}
     if strategy != "Grid":  # there the categories say how many
         limits["MaxNumberOfTrainingJobs"] = trials
+    if budget_s is not None:
+        limits["MaxRuntimeInSeconds"] = max(_SHORTEST_SEARCH, math.ceil(budget_s))
     config: Request = {
         "Strategy": strategy,
         "HyperParameterTuningJobObjective": {"Type": {"max": "Maximize", "min": "Minimize"}[mode]},

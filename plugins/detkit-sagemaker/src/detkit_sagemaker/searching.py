@@ -120,8 +120,9 @@ def prepared(aws: Aws, workspace: Workspace, job: Job, search: Search, folder: P
         mode=search.mode,
         trials=trials,
         parallel=min(search.parallel, trials),
-        early_stopping=search.pruner != "none",
+        early_stopping=search.pruner == "median",
         seed=search.seed,
+        budget_s=search.budget_s,
         epochs=_epochs(job, training) if search.sampler == "amt-hyperband" else None,
     )
     if search.parent:

@@ -335,10 +335,8 @@ class Training(TrainingLoop[Batch]):
     def _told_to_optimizer(self) -> dict[str, Any]:
         """Return what torch's own object says, under the names of the parameters, for whoever compares the two."""
         told = self.optimizer.defaults | self.optimizer.param_groups[0]
-        names = ["weight_decay", *(["momentum"] if self.params["optimizer"] == "sgd" else [])]
-        if self.params["lr_batch_size"] is None:  # else it is another one than the parameter says
-            names.append("learning_rate")
-            told["learning_rate"] = self.optimizer.defaults["lr"]
+        told["learning_rate"] = self.optimizer.defaults["lr"] / self.learning_rate_scale
+        names = ["learning_rate", "weight_decay", *(["momentum"] if self.params["optimizer"] == "sgd" else [])]
         return {"optimizer": type(self.optimizer).__name__, **{name: told[name] for name in names}}
 
     def _take_best(self) -> None:
