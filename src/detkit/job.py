@@ -133,7 +133,7 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine's ``train`` returns; the worker adds the rest of the `Manifest`."""
 
     native: dict[str, Any] = {}
-    """The hyperparameters as the framework was told them."""
+    """The hyperparameters as the framework had them; what means the same as a parameter has its name."""
     weights: WeightsOrigin = WeightsOrigin()
     metrics: dict[str, float] = {}
     """Final numbers, e.g. ``val/AP`` of the weights that were kept."""

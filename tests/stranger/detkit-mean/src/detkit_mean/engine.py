@@ -54,6 +54,7 @@ class MeanEngine(Engine):
             metrics, threshold = {"val/AP": scores["AP"], "val/AP50": scores["AP50"]}, scores.score_threshold
             workspace.log("metric", metrics, step=total, epoch=total / per_epoch)
         return Trained(
+            native={"learning_rate": job.params["learning_rate"]},
             metrics=metrics,
             score_threshold=threshold,
             max_detections=job.params["max_detections"],
