@@ -219,7 +219,9 @@ def test_another_search_under_the_same_name(shapes: Path, server: str, monkeypat
     trainer = Trainer(model="echo/memory", epochs=1)
     Tuner(trainer, {"learning_rate": Choice((0.1, 0.2))}, trials=1, storage=server).fit(shapes, name="a", quiet=True)
     other = Tuner(trainer, {"learning_rate": Choice((0.1, 0.3))}, trials=1, storage=server)
-    longer = Tuner(Trainer(model="echo/memory", epochs=2), {"learning_rate": Choice((0.1, 0.2))}, storage=server)
+    longer = Tuner(
+        Trainer(model="echo/memory", epochs=2), {"learning_rate": Choice((0.1, 0.2))}, trials=1, storage=server
+    )
     for place in ("runs", "elsewhere"):
         monkeypatch.setenv("DETKIT_RUNS", place)
         with pytest.raises(UsageError, match="at that server was begun with another space"):

@@ -21,9 +21,8 @@ from detkit.params import Params
 from detkit.proofs import prove
 from detkit.searching import grid, share_of_money
 from detkit.shapes import write_shapes
-from detkit.studies import Facts, Trial, list_studies
+from detkit.studies import Facts, list_studies
 from detkit.tuner import rescore, retrain
-from detkit.tuning import Search, TrialState
 
 pytest.importorskip("optuna", reason="pip install 'detkit-sdk[tune]'")
 pytestmark = pytest.mark.usefixtures("clean")
@@ -291,20 +290,18 @@ def test_what_the_manifest_says_is_believed(shapes: Path) -> None:
 def test_shares_of_the_money() -> None:
     """All together never cost more, whatever is added; what one did not need falls to those after it."""
 
-    def one(number: int, state: TrialState = "finished", **facts: Any) -> Trial:
-        return Trial(number=number, state=state, values={}, value=None, seconds=None, facts=Facts(**facts))
+    def paid(max_cost: float, cost: float | None = None) -> Facts:
+        return Facts(max_cost=max_cost, cost=cost)
 
-    search = Search(space={}, metric="val/AP", mode="max", trials=4, max_cost=8.0)
-    assert share_of_money(msgspec.structs.replace(search, max_cost=None)) is None
-    assert share_of_money(search) == 2
-    assert share_of_money(search, [one(0, "running", max_cost=2.0)]) == 2
-    assert share_of_money(search, [one(0, max_cost=2.0, cost=0.5)]) == 2.5
-    assert share_of_money(search, [one(0, same_as=9), one(1, "failed")]) == 4  # these were never paid
-    queued = [one(0, "running", max_cost=2.0), *(one(number, "waiting") for number in range(1, 6))]
-    assert share_of_money(search, queued) == 1  # of seven trials, which are more than was wanted, one is promised
-    spent = [one(number, max_cost=2.0) for number in range(4)]
-    assert share_of_money(search, spent) == 0
-    assert share_of_money(msgspec.structs.replace(search, trials=8, max_cost=10.0), spent) == 0.5
+    assert share_of_money(None, [paid(2)], 3) is None
+    assert share_of_money(8, [], 4) == 2
+    assert share_of_money(8, [paid(2)], 3) == 2
+    assert share_of_money(8, [paid(2, 0.5)], 3) == 2.5
+    assert share_of_money(8, [Facts(same_as=9), Facts(reason="it could not begin")], 2) == 4
+    assert share_of_money(8, [paid(2)], 6) == 1  # some were queued
+    assert share_of_money(8, [paid(2), paid(2), paid(2), paid(2)], 1) == 0
+    assert share_of_money(8, [paid(8, 7.995)], 1) == 0  # less than a cent
+    assert share_of_money(8, [Facts(max_cost=3, given_up=1)], 2) == 2
 
 
 def _params() -> Params:

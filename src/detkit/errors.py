@@ -77,6 +77,8 @@ class InvalidValue(UsageError):
     """A value of the wrong type or out of range."""
 
     def __init__(self, name: str, value: object, expected: str, origin: str = "") -> None:
+        self.name = name
+        """Of the setting."""
         where = f" (from {origin})" if origin else ""
         super().__init__(f"{name}={value!r}{where} is not valid: {expected}")
 

@@ -15,7 +15,7 @@ from detkit.tuning import Search
 if TYPE_CHECKING:
     import optuna
 
-    from detkit.studies import Trial
+    from detkit.studies import Facts
 
 SAMPLERS = ("tpe", "random", "grid", "cmaes")
 PRUNERS = ("median", "hyperband", "asha", "none")
@@ -86,19 +86,15 @@ def suggest(trial: optuna.Trial, name: str, range_: Range) -> Scalar:
     return trial.suggest_float(name, range_.low, range_.high, step=range_.step, log=range_.log)
 
 
-def share_of_money(search: Search, others: Sequence[Trial] = ()) -> float | None:
-    """Return what a trial may cost beside the ``others``, in US dollars; None where a search may cost anything.
+def share_of_money(most: float | None, begun: Sequence[Facts], to_come: int) -> float | None:
+    """Return what the next trial may cost, in US dollars; None where a search may cost anything, 0 if all is promised.
 
-    What is neither spent nor promised to others is divided among the trials that are still to come. So all together
-    never cost more, whatever is queued or added later; what trials cost less than they might falls to the next ones.
+    ``begun`` are the facts of all other trials that have begun, also of those that were lost. What they have neither
+    cost nor been promised is divided among the trials ``to_come``, the next one among them. So all together never cost
+    more than ``most``, whatever is queued or added later; what one cost less than it might falls to the next ones.
     """
-    if search.max_cost is None:
+    if most is None:
         return None
-    rest, to_come = search.max_cost, max(search.trials, len(others) + 1)
-    for trial in others:
-        promised = trial.facts.max_cost
-        if promised is not None:
-            rest -= promised if trial.facts.cost is None else trial.facts.cost
-        if promised is not None or trial.state not in {"waiting", "running"}:
-            to_come -= 1
+    taken = (facts.given_up + ((facts.max_cost if facts.cost is None else facts.cost) or 0.0) for facts in begun)
+    rest = most - sum(taken)
     return rest / max(1, to_come) if rest >= _CENT else 0.0

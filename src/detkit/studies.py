@@ -105,10 +105,14 @@ class Facts(msgspec.Struct, kw_only=True):
     """Whether it was begun when others had begun the last ones; it was not run."""
     job: str = ""
     """A place's own name of what ran it."""
+    cut: bool = False
+    """Whether it was told to stop before its end, and did not go on since."""
     max_cost: float | None = None
     """US dollars that it may cost, of what the search may."""
     cost: float | None = None
     """US dollars that it has cost, by an estimated price."""
+    given_up: float = 0.0
+    """US dollars that runs of it have cost which came to nothing, and were done anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +152,11 @@ class Trial:
             "seconds": self.seconds,
             "values": self.values,
             "run": None if self.path is None else str(self.path),
-            **{name: value for name, value in msgspec.to_builtins(self.facts).items() if value and name != "run"},
+            **{
+                name: value
+                for name, value in msgspec.to_builtins(self.facts).items()
+                if value is not None and value is not False and value != "" and name != "run"
+            },
         }
 
 
@@ -264,6 +272,11 @@ class Study:
         found = [self._trial(frozen, rescored.get(str(frozen.number))) for frozen in self.frozen_trials()]
         return [trial for trial in found if not trial.facts.surplus]
 
+    def begun(self, but: int | None = None) -> list[Facts]:
+        """Return the facts of every trial that has begun, also of those that were lost and done anew."""
+        found = self.optuna_study.get_trials(deepcopy=False)
+        return [facts_of(one) for one in found if one.state.name != "WAITING" and one.number != but]
+
     def frozen_trials(self) -> list[optuna.trial.FrozenTrial]:
         """Return Optuna's trials; of one that was done anew after its process was lost only the new one."""
         found = self.optuna_study.get_trials(deepcopy=False)
@@ -347,6 +360,9 @@ class Study:
     def extend(self, **changes: Any) -> None:
         """Change the record's search: more trials, others in parallel. What was found stays."""
         search = msgspec.structs.replace(self.search, **changes)
+        if "max_cost" in changes:
+            agreed = self.optuna_study.user_attrs[_IDENTITY]
+            self.optuna_study.set_user_attr(_IDENTITY, {**agreed, "max_cost": changes["max_cost"]})
         self.record = msgspec.structs.replace(self.record, search=search)
         write_json(self.path / RECORD, self.record)
 
@@ -411,7 +427,7 @@ class Study:
         return html_table(*self.rows())
 
     def _trial(self, frozen: optuna.trial.FrozenTrial, rescored: float | None) -> Trial:
-        facts = msgspec.convert(dict(frozen.user_attrs), Facts)
+        facts = facts_of(frozen)
         state = _STATES[frozen.state.name]
         if state == "failed" and facts.same_as is not None:
             state = "finished"
@@ -428,6 +444,11 @@ class Study:
             path=path,
             facts=facts,
         )
+
+
+def facts_of(frozen: optuna.trial.FrozenTrial) -> Facts:
+    """Return what is kept with one of Optuna's trials."""
+    return msgspec.convert(dict(frozen.user_attrs), Facts)
 
 
 def open_study(name: str | Path) -> Study:

@@ -17,7 +17,7 @@ import msgspec
 
 from detkit import catalog, plugins, study_storage, trust
 from detkit.backends import Backend
-from detkit.errors import DetkitError, RunFailed, UsageError
+from detkit.errors import DetkitError, InvalidValue, RunFailed, UsageError
 from detkit.events import Event
 from detkit.files import place_all
 from detkit.job import Job, Workspace
@@ -25,7 +25,7 @@ from detkit.params import Params, set_fields
 from detkit.proofs import prove
 from detkit.searching import grid, make_pruner, make_sampler, share_of_money, suggest
 from detkit.spaces import Scalar, chosen, defaults_in, in_order
-from detkit.studies import Facts, Study, Trial, this_host
+from detkit.studies import Facts, Study, Trial, facts_of, this_host
 from detkit.study_storage import import_optuna
 
 if TYPE_CHECKING:
@@ -102,6 +102,10 @@ class Trials:
         self._order = in_order(self._search.space)
         self._going: list[_Going] = []
         self._twins: list[_Twin] = []
+        self._asked: optuna.Trial | None = None
+        """The trial that was asked for and has not begun yet, as where the server fell silent."""
+        self._no_money = ""
+        """Why no trial can be paid any more."""
         self._left: list[optuna.trial.FrozenTrial] = []
         """Trials that a process which is gone had begun."""
         self._waited_for: list[int] = []
@@ -131,7 +135,7 @@ class Trials:
                 raise
 
     def _go_on(self) -> None:
-        look_again = 0.0
+        study, look_again = self._study, 0.0
         while True:
             if time.monotonic() > self._deadline:
                 self._stop_all("the time is over")
@@ -144,11 +148,24 @@ class Trials:
                     if len(self._going) < self._search.parallel and self._begin_next():
                         continue
                     look_again = time.monotonic() + _LOOK_S
-                    if not self._going and not self._twins and not self._others():
+                    if not self._going and not self._twins and (self._no_money or not self._others()):
                         self._tell_of_money()
-                        self._study.raise_if_all_failed()
+                        study.raise_if_all_failed()
                         return
             time.sleep(_POLL_S)
+
+    def _tell_of_money(self) -> None:
+        """Say that more is needed, where it is; raise `RunFailed` where nothing came of what there was."""
+        if not self._no_money:
+            return
+        path = self._study.path
+        said = (
+            f"{self._no_money}. `detkit tune --resume {path} --max-cost N` goes on, N being US dollars for all trials "
+            "together"
+        )
+        if not any(trial.state in {"finished", "pruned"} for trial in self._study.trials):
+            raise RunFailed(said)
+        self._watcher.said(said)
 
     @contextlib.contextmanager
     def _patience(self) -> Iterator[None]:
@@ -170,7 +187,8 @@ class Trials:
         """Return whether others still do trials of a shared study, which fall to this process where they are lost."""
         if not self._study.storage.shared:
             return False
-        running = [trial.number for trial in self._study.trials if trial.state in {"running", "waiting"}]
+        others = [trial for trial in self._study.trials if trial.number not in self._held]
+        running = [trial.number for trial in others if trial.state in {"running", "waiting"}]
         if running and running != self._waited_for:
             self._watcher.said(f"others do trial {', '.join(map(str, running))}; this process waits for them")
             self._waited_for = running
@@ -180,34 +198,61 @@ class Trials:
         """Begin a trial where one is wanted; says whether it did."""
         if self._left:
             self._take_over(self._left.pop(0))
+            self._changed()
             return True
         study = self._study
         if study.storage.shared:
             self._hear_of_all()
             self._optuna.storages.fail_stale_trials(study.optuna_study)
         states = [one.state.name for one in study.frozen_trials() if not _surplus(one)]
-        if len(self._failures) >= _GIVEN_UP_AFTER and not {"COMPLETE", "PRUNED"} & set(states):
-            if self._going:
+        if self._has_given_up(states) or self._no_money:
+            return False
+        if self._asked is None:
+            if "WAITING" not in states and len(states) >= self._search.trials:
                 return False
-            count = len(self._failures)
-            raise RunFailed(f"{count} trials of {study.path} failed and none finished; the last: {self._failures[-1]}")
-        if "WAITING" not in states and len(states) >= self._search.trials:
+            if self._share() == 0:
+                self._no_money = f"all of max_cost={self._search.max_cost:g} is spent, or promised to trials"
+                return False
+            self._asked = self._ask(len(states))
+        trial = self._asked
+        if self._is_surplus(trial):
+            self._note(trial, surplus=True, reason="others had begun the last trials")
+            self._tell(trial, state=self._optuna.trial.TrialState.FAIL)
+            self._asked = None
             return False
-        if share_of_money(self._search, study.trials) == 0:
-            return False
-        number = len(states)
+        self._begin(trial, self._choose(trial))
+        self._asked = None
+        self._changed()
+        return True
+
+    def _ask(self, number: int) -> optuna.Trial:
+        study = self._study
         study.optuna_study.sampler = make_sampler(self._search, None if study.storage.shared else number)
         study.optuna_study.pruner = make_pruner(self._search.pruner)
         trial = study.optuna_study.ask()
         self._held[trial.number] = trial
         if study.storage.shared:
             _beat(study, trial._trial_id)
-        if self._is_surplus(trial):
-            self._note(trial, surplus=True, reason="others had begun the last trials")
-            self._tell(trial, state=self._optuna.trial.TrialState.FAIL)
+        return trial
+
+    def _has_given_up(self, states: Sequence[str]) -> bool:
+        """Return whether nothing more is to begin, as all has failed so far. Raises `RunFailed` once nothing runs."""
+        if len(self._failures) < _GIVEN_UP_AFTER or {"COMPLETE", "PRUNED"} & set(states):
             return False
-        self._begin(trial, self._choose(trial))
+        if not self._going:
+            raise RunFailed(
+                f"{len(self._failures)} trials of {self._study.path} failed and none finished; the last: "
+                f"{self._failures[-1]}"
+            )
         return True
+
+    def _share(self, of: int | None = None) -> float | None:
+        """Return what a trial may cost; None where a search may cost anything."""
+        trials = self._study.trials
+        others = [trial for trial in trials if trial.number != of and trial.state != "waiting"]
+        settled = sum(trial.state != "running" or trial.facts.max_cost is not None for trial in others)
+        to_come = max(self._search.trials, len(trials)) - settled
+        return share_of_money(self._search.max_cost, self._study.begun(but=of), to_come)
 
     def _hear_of_all(self) -> None:
         """Beat once for what others began: who is killed before a beat of its own would never be missed."""
@@ -238,27 +283,34 @@ class Trials:
         return next(one.system_attrs for one in self._study.frozen_trials() if one.number == trial.number)
 
     def _begin(self, trial: optuna.Trial, values: dict[str, Scalar]) -> None:
-        """Start the run of a trial, unless one with the same values has ended, or runs."""
+        """Start the run of a trial, unless one with the same values has ended, or runs.
+
+        Nothing that may fail comes after the start, so that a trial which did not begin can be begun again. One that
+        cannot be paid stays as asked for, until the study goes on with more money.
+        """
         try:
             params = set_fields(self._params, values, kind="parameter")
             if (same := self._twin(trial.number, params)) is not None:
                 if same.state == "running":
                     self._twins.append(_Twin(trial, values, same.number))
                     return
-                self._note(trial, same_as=same.number)
+                self._note(trial, same_as=same.number, max_cost=None)
                 if same.state == "pruned":
                     trial.report(same.value or 0.0, 100)
                     self._tell(trial, state=self._optuna.trial.TrialState.PRUNED)
                 else:
                     self._tell(trial, same.value)
-                self._changed()
                 return
             run, slot = self._start(trial, params, values)
         except DetkitError as error:
-            self._failed(trial, str(error))
+            if not (self._study.path / "trials" / f"{trial.number:04d}" / "run.json").is_file():
+                self._note(trial, max_cost=None)  # nothing was begun, so nothing is paid
+            if isinstance(error, InvalidValue) and error.name == "max_cost":
+                self._no_money = str(error)
+            else:
+                self._failed(trial, str(error))
             return
         self._going.append(_Going(trial, values, run, slot))
-        self._changed()
 
     def _start(self, trial: optuna.Trial, params: Params, values: Mapping[str, Scalar]) -> tuple[Run, int]:
         path = self._study.path / "trials" / f"{trial.number:04d}"
@@ -267,10 +319,11 @@ class Trials:
         taken = {one.slot for one in self._going}
         slot = next(number for number in itertools.count() if number not in taken)
         options = {**self._job.options, **self._share_of(slot)}
-        others = [one for one in self._study.trials if one.number != trial.number]
-        if (most := share_of_money(self._search, others)) is not None:
+        if (most := self._share(trial.number)) is not None:
+            if most == 0:
+                raise InvalidValue("max_cost", self._search.max_cost, "more: all is spent, or promised to other trials")
             options["max_cost"] = most
-            self._note(trial, max_cost=most)
+            self._note(trial, max_cost=most, cost=None, cut=False)
         job = msgspec.structs.replace(self._job, params=msgspec.to_builtins(params), options=options)
         workspace = Workspace(path)
         workspace.create(job)
@@ -303,17 +356,24 @@ class Trials:
             self._begin(trial, values)
             return
         run = catalog.open_run(path)
-        if run.goes_on():  # it ends with its process, which is gone
+        if self._backend.leashed and run.goes_on():  # it ends with its process, which is gone
             run.stop()
-        if run.status not in {"finished", "failed"}:
-            if getattr(self._backend, "resume", None) is None:
-                self._begin(trial, values)
-                return
+        facts = facts_of(frozen)
+        ended = run.status in {"finished", "failed"}
+        # Some places count what was stopped halfway as finished, and then nobody can go on with it.
+        is_half = run.status == "finished" and facts.cut and 100 not in course_of(run, self._search.metric)
+        if is_half or not (ended or run.goes_on() or getattr(self._backend, "resume", None)):
+            self._note(trial, given_up=facts.given_up + (run.cost or 0.0))
+            self._begin(trial, values)
+            return
+        if not ended and not run.goes_on():
             try:
                 run = run.resume(leash=True)
             except DetkitError as error:
                 self._failed(trial, str(error))
                 return
+        if facts.cut:
+            self._note(trial, cut=False)
         taken = {one.slot for one in self._going}
         slot = next(number for number in itertools.count() if number not in taken)
         self._going.append(_Going(trial, values, run, slot, seen=set(frozen.intermediate_values)))
@@ -350,17 +410,12 @@ class Trials:
             return
         running = {trial.number for trial in self._study.trials if trial.state == "running"}
         for twin in [twin for twin in self._twins if twin.of not in running]:
-            if len(self._going) < self._search.parallel:
-                self._twins.remove(twin)
-                self._begin(twin.trial, twin.values)
-
-    def _tell_of_money(self) -> None:
-        trials = self._study.trials
-        if len(trials) < self._search.trials and share_of_money(self._search, trials) == 0:
-            self._watcher.said(
-                f"the search has cost what it may; `detkit tune --resume {self._study.path} --max-cost N` goes on, N "
-                "being US dollars for all trials together"
-            )
+            states = [one.state.name for one in self._study.frozen_trials()]
+            if len(self._going) >= self._search.parallel or self._has_given_up(states):
+                return
+            self._begin(twin.trial, twin.values)
+            self._twins.remove(twin)  # the first of them, where it waits for another now
+            self._changed()
 
     def _take(self, going: _Going, event: Event) -> bool:
         """Take up an event; says whether it is worth showing."""
@@ -389,9 +444,12 @@ class Trials:
         try:
             if going.pruned:
                 going.run.stop()
+                for event in _new_events(going):
+                    self._take(going, event)
             if going.run.cost is not None:
                 self._note(going.trial, cost=going.run.cost)
-            if going.pruned and going.run.status != "finished":  # else its last step was faster
+            was_faster = going.run.status == "finished" and 100 in going.seen
+            if going.pruned and not was_faster:
                 prove(going.run, going.values, self._params, going.trial.number)
                 self._tell(going.trial, state=states.PRUNED)
                 return
@@ -469,6 +527,8 @@ class Trials:
         if self._going and why:
             self._watcher.said(f"{why}: {len(self._going)} running trial(s) stop after their step, and can go on")
         for going in self._going:
+            with contextlib.suppress(Exception):  # the server may be gone; the runs stop all the same
+                self._note(going.trial, cut=True)
             with contextlib.suppress(DetkitError):
                 going.run.stop()
         self._going.clear()
@@ -490,6 +550,20 @@ def percent_done(event: Event, total_steps: float, job: Job) -> int | None:
         return round(100 * event.step / total_steps)
     epochs = job.params.get("epochs")
     return round(100 * event.epoch / epochs) if epochs and event.epoch is not None else None
+
+
+def course_of(run: Run, metric: str) -> dict[int, float]:
+    """Return the metric by how much of the training was done, in percent, as far as the run tells."""
+    total_steps, found = 0.0, dict[int, float]()
+    for event in run.events(follow=False):
+        if event.kind == "progress":
+            total_steps = float(event.values.get("total_steps", total_steps))
+        value = event.values.get(metric) if event.kind == "metric" else None
+        if isinstance(value, int | float) and math.isfinite(value):
+            percent = percent_done(event, total_steps, run.job)
+            if percent is not None:
+                found[percent] = float(value)
+    return found
 
 
 def begin(study: Study) -> None:

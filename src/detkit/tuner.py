@@ -23,6 +23,7 @@ from detkit.evaluation import evaluate_all
 from detkit.files import lock_file
 from detkit.formats.checks import prepare
 from detkit.io import read_dataset
+from detkit.params import INSTEAD
 from detkit.plans import Plan
 from detkit.runs import Run
 from detkit.searching import PRUNERS, SAMPLERS, grid, share_of_money
@@ -125,7 +126,7 @@ class Tuner:
             if search.sampler in backend.samplers:
                 plan = backend.plan_tuning(ready.job, workspace, search)
             else:
-                share = share_of_money(search)
+                share = share_of_money(search.max_cost, (), search.trials)
                 options = {**ready.job.options, **({} if share is None else {"max_cost": share})}
                 plan = _of_all(backend.plan(msgspec.structs.replace(ready.job, options=options), workspace), search)
         return replace(plan, notes=(*describe(search), *ready.told, *plan.notes))
@@ -154,10 +155,12 @@ class Tuner:
         for name, value in changes.items():
             _require_count(name, value)
         if max_cost is not None:
+            if not 0 < max_cost < math.inf:
+                raise InvalidValue("max_cost", max_cost, "US dollars above 0, for all trials together")
             if found.search.max_cost is None:
                 raise UsageError(f"{found.path} was begun without max_cost, and goes on as it was")
             changes["max_cost"] = max_cost
-        if self._devices and found.searched_there:
+        if self._devices:
             self._refuse_what_has_no_effect(plugins.backend(found.record.backend), found.search.sampler)
         if changes and found.searched_there:
             raise UsageError(
@@ -299,7 +302,10 @@ def retrain(study: Study | str | Path, *, name: str | None = None, quiet: bool =
     code = workspace.code if workspace.code.is_dir() else None
     imports = job.code.imports if job.code is not None else None
     trainer = Trainer(model=job.model, backend=job.backend, code=code, imports=imports)
-    kept = {**job.params, **best.values, **{name: job.options[name] for name in job.options.keys() - _CONSENT}}
+    either = {**INSTEAD, **{theirs: ours for ours, theirs in INSTEAD.items()}}
+    left_out = {*_CONSENT, *(either[name] for name in settings if name in either)}
+    trained = {**job.params, **best.values, **job.options}
+    kept = {name: value for name, value in trained.items() if name not in left_out}
     test = workspace.dataset("test")
     return trainer.fit(merge(parts), None, test, name=name, quiet=quiet, **{**kept, **settings})
 
@@ -391,13 +397,24 @@ def _identity(record: StudyRecord, ready: Ready) -> dict[str, Any]:
     kept = {name: search[name] for name in ("space", "metric", "mode", "sampler", "pruner", "seed")}
     data = {channel: prepared.data.digest() for channel, prepared in ready.gathered.prepared.items()}
     fixed = {name: value for name, value in ready.job.params.items() if name not in record.search.space}
-    kept |= {"parameters": fixed, "code": ready.job.code.digest if ready.job.code is not None else ""}
+    kept |= {
+        "max_cost": search["max_cost"],
+        "parameters": fixed,
+        "code": ready.job.code.digest if ready.job.code is not None else "",
+    }
     return {**kept, "model": f"{record.backend}/{record.model}", "classes": ready.job.classes, "data": data}
 
 
 def _joined(study: Study, record: StudyRecord, ready: Ready) -> Study:
     if study.record.storage != record.storage:
         raise UsageError(f"{study.path} keeps its results elsewhere; choose another name, or that storage")
+    for name in ("trials", "parallel"):  # what all agree in is compared below
+        theirs, ours = getattr(study.search, name), getattr(record.search, name)
+        if theirs != ours:
+            raise UsageError(
+                f"{study.path} was begun with {name}={theirs}, and this is {name}={ours}; "
+                f"`detkit tune --resume {study.path} --{name} {ours}` changes that"
+            )
     study.found(_identity(record, ready), begin)
     return study
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -23,11 +23,8 @@ from detkit.proofs import prove
 from detkit.spaces import Choice, Int, Scalar, chosen, steps_of
 from detkit.studies import Study, short
 from detkit.study_storage import distribution, import_optuna
-from detkit.trials import HELD_BACK, Watcher, percent_done
+from detkit.trials import HELD_BACK, Watcher, course_of
 from detkit.tuning import PlaceTrial, TrialState, TuningJob
-
-if TYPE_CHECKING:
-    from detkit.runs import Run
 
 _POLL_S = 1.0
 _PAUSE_S, _LAST_TRIES = 20.0, 3
@@ -162,8 +159,8 @@ class _Mirror:
         course: dict[int, float] = {}
         if (path / "run.json").is_file():
             facts["run"] = str(path.relative_to(study.path))
-            course = _course(catalog.open_run(path), study.search.metric)
-        if (same := _same_values(study, values)) is not None and not fault:
+            course = course_of(catalog.open_run(path), study.search.metric)
+        if state != "failed" and (same := _same_values(study, values)) is not None:
             facts["repeats"] = same
             self._watcher.said(f"trials {same} and {number} have the same values; the place trained both")
         frozen = import_optuna().trial.create_trial(
@@ -206,20 +203,6 @@ class _Mirror:
             self._watcher.said(f"{trial.name} has ended, and could not be brought here; tried again soon: {error}")
         self._missing[trial.name] = str(error)
         self._again = time.monotonic() + _PAUSE_S
-
-
-def _course(run: Run, metric: str) -> dict[int, float]:
-    """Return the metric by how much of the training was done, in percent, as far as the run tells."""
-    total_steps, found = 0.0, dict[int, float]()
-    for event in run.events(follow=False):
-        if event.kind == "progress":
-            total_steps = float(event.values.get("total_steps", total_steps))
-        value = event.values.get(metric) if event.kind == "metric" else None
-        if isinstance(value, int | float) and math.isfinite(value):
-            percent = percent_done(event, total_steps, run.job)
-            if percent is not None:
-                found[percent] = float(value)
-    return found
 
 
 def _same_values(study: Study, values: Mapping[str, Scalar]) -> int | None:

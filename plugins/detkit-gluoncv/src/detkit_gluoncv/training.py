@@ -222,7 +222,7 @@ class Training(TrainingLoop[Batch]):
             native={
                 "image_size": self.image_size,
                 "batch_size": self.params["batch_size"],
-                "learning_rate": self._rate_at_first,
+                "learning_rate": self._rate_at_first / self.learning_rate_scale,
                 "steps": self.step,
                 "total_steps": self.total_steps,
                 "steps_per_epoch": self.steps_per_epoch,

@@ -32,7 +32,8 @@ def events_of(lines: Iterable[Line], metrics: Mapping[str, str]) -> tuple[list[E
             reading = read_line(text, metrics)
             if reading is None:
                 continue
-            event = Event(t=t, kind="metric", values=dict(reading.values), epoch=reading.epoch)
+            done = None if reading.epoch is None else reading.epoch + 1  # the log counts from 0
+            event = Event(t=t, kind="metric", values=dict(reading.values), epoch=done)
         # How it ended is said once all that it left is here.
         if not (event.kind == "state" and event.values.get("state") in {"finished", "stopped"}):
             events.append(event)
