@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ import pytest
 from PIL import Image
 
 from detkit import Dataset, Sample, write_dataset
+from detkit_sagemaker.aws import Aws
 from detkit_sagemaker.cli import app
+from detkit_sagemaker.ledger import Ledger
 from detkit_sagemaker.testing import Simulator
 
 if TYPE_CHECKING:
@@ -163,6 +166,46 @@ def test_an_image_is_planned_with_docker_or_built_with_codebuild(
     assert boto3.client("codebuild").list_projects()["projects"] == ["detkit-build"]
     listed = boto3.client("s3").list_objects_v2(Bucket=echo_account.bucket, Prefix="detkit/images/")["Contents"]
     assert len(listed) == 1
+
+
+def test_what_stays_in_an_account_is_written_down_before_it_is_made_and_kept(
+    echo_account: Simulator, typed: Typed
+) -> None:
+    stays = {
+        "CreateRole": ("role", "detkit-execution"),
+        "CreatePolicy": ("policy", "detkit-user-us-east-1"),
+        "CreateRepository": ("repository", "detkit"),
+        "CreateBucket": ("bucket", echo_account.bucket),
+        "CreateProject": ("project", "detkit-build"),
+    }
+    boto3.client("s3").delete_bucket(Bucket=echo_account.bucket)
+    ledger, known = Ledger.of(Aws()), {}
+
+    def look(operation: str) -> Callable[[], None]:
+        return lambda: known.update({operation: [(one.kind, one.name) for one in ledger.pending()]})
+
+    for operation in stays:
+        echo_account.faults.crash_before(operation, look(operation))
+    assert typed("ledger") == 0
+    assert typed.out == "nothing was begun from this machine that is not gone\n"
+    for _ in range(2):  # what is there already is listed once
+        assert typed("setup", "--apply") == 0
+    assert typed("build-image", "--with", "echo", "--codebuild", "--yes") == 0, typed.err
+    assert {operation: made in known[operation] for operation, made in stays.items()} == dict.fromkeys(stays, True)
+    assert typed.root("endpoints", "rm", "--expired") == 0
+    assert typed.out == "nothing was there to remove\n"
+    assert typed.root("endpoints", "rm", "--all") == 0
+    assert typed("ledger", "--json") == 0
+    listed = [(one["kind"], one["name"]) for one in typed.json]
+    roles = [("role", name) for name in ("detkit-execution", "detkit-scheduler", "detkit-build")]
+    assert sorted(listed) == sorted({*stays.values(), *roles})
+    assert typed("ledger") == 0
+    assert echo_account.bucket in typed.out
+    assert boto3.client("codebuild").list_projects()["projects"] == ["detkit-build"]
+    assert boto3.client("ecr").describe_repositories(repositoryNames=["detkit"])["repositories"]
+    for _, name in roles:
+        assert boto3.client("iam").get_role(RoleName=name)
+    boto3.client("s3").head_bucket(Bucket=echo_account.bucket)
 
 
 def test_docker_is_run_as_it_is_said(

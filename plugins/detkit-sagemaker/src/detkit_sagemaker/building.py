@@ -46,7 +46,7 @@ def is_there(aws: Aws, plan: BuildPlan) -> bool:
 def build_here(aws: Aws, plan: BuildPlan, tell: Tell) -> None:
     """Build with Docker and push. Raises `RunFailed` with the command that failed, `UsageError` without buildx."""
     _require_buildx()
-    _ensure_repository(aws, plan)
+    resources.ensure(aws, "repository", plan.create_repository_request(_TAGS))
     _run(plan.build_command(), tell)
     with explained("signing Docker in (ecr:GetAuthorizationToken)"):
         token = aws.client("ecr").get_authorization_token()["authorizationData"][0]["authorizationToken"]
@@ -60,7 +60,7 @@ def build_there(aws: Aws, plan: BuildPlan, root: str, tell: Tell, role: str | No
 
     ``role`` is the ARN of what CodeBuild works as, else ``detkit-build``. Raises `RunFailed` with the last lines.
     """
-    _ensure_repository(aws, plan)
+    resources.ensure(aws, "repository", plan.create_repository_request(_TAGS))
     role = role or f"arn:{aws.partition}:iam::{aws.account}:role/{BUILD_ROLE}"
     source = f"{root}/images/{plan.digest[:32]}.zip"
     uploads.ensure_bucket(aws, root)
@@ -68,15 +68,10 @@ def build_there(aws: Aws, plan: BuildPlan, root: str, tell: Tell, role: str | No
         archive, (bucket, key) = plan.pack(Path(folder) / "context.zip"), uploads.split(source)
         with explained(f"writing {source} (s3:PutObject)"):
             aws.client("s3").upload_file(str(archive), bucket, key)
+    project = plan.project_request(name=PROJECT, role=role, tags=_TAGS)
+    where = {"type": "S3", "location": source.removeprefix("s3://"), "buildspec": plan.buildspec}
+    resources.ensure(aws, "project", {**project, "source": where})
     client = aws.client("codebuild")
-    try:
-        with explained(f"creating project {PROJECT} (codebuild:CreateProject)"):
-            project = plan.project_request(name=PROJECT, role=role, tags=_TAGS)
-            where = {"type": "S3", "location": source.removeprefix("s3://"), "buildspec": plan.buildspec}
-            client.create_project(**{**project, "source": where})
-    except AwsError as error:
-        if error.code != "ResourceAlreadyExistsException":
-            raise
     with explained(f"starting a build of {PROJECT} (codebuild:StartBuild)"):
         build = client.start_build(**plan.start_request(name=PROJECT, source=source))["build"]["id"]
     try:
@@ -116,15 +111,6 @@ def _wait(aws: Aws, build: str, tell: Tell) -> None:
             log = resources.last_lines(aws, where.get("groupName") or "", where.get("streamName") or "")
             link = where.get("deepLink", "")
             raise RunFailed(f"build {build} ended with {found['buildStatus']}; its log: {link}\n{log}".rstrip(), log)
-
-
-def _ensure_repository(aws: Aws, plan: BuildPlan) -> None:
-    try:
-        with explained(f"creating repository {plan.repository} (ecr:CreateRepository)"):
-            aws.client("ecr").create_repository(**plan.create_repository_request(_TAGS))
-    except AwsError as error:
-        if error.code != "RepositoryAlreadyExistsException":
-            raise
 
 
 def _run(command: list[str], tell: Tell, given: str | None = None) -> None:

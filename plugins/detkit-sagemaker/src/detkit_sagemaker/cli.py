@@ -60,6 +60,25 @@ def setup(
 
 
 @app.command()
+def ledger(region: Region = None, as_json: Json = False) -> None:
+    """List what this machine began to create in the account and region, and does not know to be over or gone.
+
+    Bucket, repository, project, roles and policy stay: detkit deletes none of them.
+    """
+    from detkit_sagemaker.aws import Aws
+    from detkit_sagemaker.ledger import Ledger
+    from detkit_sagemaker.resources import iso
+
+    entries = Ledger.of(Aws(region)).pending()
+    if as_json:
+        messages.print_json([{"name": one.name, "kind": one.kind, "began": one.t} for one in entries])
+    elif not entries:
+        print("nothing was begun from this machine that is not gone")
+    else:
+        messages.print_table(("name", "kind", "began"), [(one.name, one.kind, iso(one.t)) for one in entries])
+
+
+@app.command()
 def local(
     image: Annotated[
         list[str] | None,

@@ -1,8 +1,9 @@
-"""What may cost money, written down before it is created, so that no crash makes it forgotten.
+"""What is made in an account, written down before it is created, so that no crash makes it forgotten.
 
 A line of JSON is on the disk before the call that creates a thing, and another after the one that deletes it. A line
-that nothing was created after is harmless: clean-up asks AWS what is there. The ledger knows what this machine began;
-what others began is found by tags, see `detkit_sagemaker.endpoints`.
+that nothing was created after is harmless: clean-up asks AWS what is there. What stays in an account, a bucket or a
+role, has its line as well and keeps it: detkit deletes none of that. The ledger knows what this machine began; what
+others began is found by tags, see `detkit_sagemaker.endpoints`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from detkit_sagemaker.aws import Aws
 
 Kind: TypeAlias = Literal[
-    "schedule", "model", "endpoint-config", "endpoint", "transform-job", "training-job", "tuning-job"
-]
+    "schedule", "model", "endpoint-config", "endpoint", "transform-job", "training-job", "tuning-job",
+    "bucket", "repository", "project", "role", "policy",
+]  # fmt: skip
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):

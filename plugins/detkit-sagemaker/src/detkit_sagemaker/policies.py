@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from detkit_sagemaker.aws import AwsError, explained
+from detkit_sagemaker.aws import explained
+from detkit_sagemaker.resources import ensure
 
 if TYPE_CHECKING:
     from detkit_sagemaker.aws import Aws
@@ -31,7 +32,7 @@ _VERSION = "2012-10-17"
 _DELETES = ("DeleteEndpoint", "DeleteEndpointConfig", "DeleteModel")
 _PULL = ("ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer")
 _PUSH = ("ecr:CompleteLayerUpload", "ecr:InitiateLayerUpload", "ecr:PutImage", "ecr:UploadLayerPart")
-_THERE = "EntityAlreadyExists"
+_DESCRIPTION = "made by detkit sagemaker setup"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,12 +272,8 @@ def apply(aws: Aws, policies: Policies) -> list[str]:
 def _role(aws: Aws, name: str, role: dict[str, Any]) -> str:
     iam, trust = aws.client("iam"), json.dumps(role["trust"])
     made = "created"
-    try:
-        with explained(f"creating role {name} (iam:CreateRole)"):
-            iam.create_role(RoleName=name, AssumeRolePolicyDocument=trust, Description="made by detkit sagemaker setup")
-    except AwsError as error:
-        if error.code != _THERE:
-            raise
+    request = {"RoleName": name, "AssumeRolePolicyDocument": trust, "Description": _DESCRIPTION}
+    if not ensure(aws, "role", request):
         made = "brought up to date"
         with explained(f"changing who may take role {name} (iam:UpdateAssumeRolePolicy)"):
             iam.update_assume_role_policy(RoleName=name, PolicyDocument=trust)
@@ -289,13 +286,7 @@ def _role(aws: Aws, name: str, role: dict[str, Any]) -> str:
 def _managed(aws: Aws, policies: Policies, name: str, document: dict[str, Any]) -> str:
     iam, text = aws.client("iam"), json.dumps(document)
     arn = f"arn:{policies.partition}:iam::{policies.account}:policy/{name}"
-    try:
-        with explained(f"creating policy {name} (iam:CreatePolicy)"):
-            iam.create_policy(PolicyName=name, PolicyDocument=text, Description="made by detkit sagemaker setup")
-    except AwsError as error:
-        if error.code != _THERE:
-            raise
-    else:
+    if ensure(aws, "policy", {"PolicyName": name, "PolicyDocument": text, "Description": _DESCRIPTION}):
         return f"policy {arn}: created; attach it to whoever uses detkit"
     with explained(f"changing policy {name} (iam:CreatePolicyVersion)"):
         versions = iam.list_policy_versions(PolicyArn=arn)["Versions"]

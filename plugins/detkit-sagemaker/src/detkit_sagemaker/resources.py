@@ -1,7 +1,7 @@
 """What is created in an account for an endpoint or a transform, one kind after the other, and how each is removed.
 
 All that belongs together has one name, so what is left over is found by its name: a model without an endpoint or a
-transform of that name is used by nobody.
+transform of that name is used by nobody. What is made once and stays, such as a bucket, is created by `ensure`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,16 @@ _OPERATIONS: Mapping[Kind, tuple[str, str, str, str]] = {
 
 
 KINDS = frozenset(_OPERATIONS)
+"""What detkit removes again."""
+
+_LASTING: Mapping[Kind, tuple[str, str, str, str]] = {
+    "bucket": ("s3", "CreateBucket", "Bucket", "BucketAlreadyOwnedByYou"),
+    "repository": ("ecr", "CreateRepository", "repositoryName", "RepositoryAlreadyExistsException"),
+    "project": ("codebuild", "CreateProject", "name", "ResourceAlreadyExistsException"),
+    "role": ("iam", "CreateRole", "RoleName", "EntityAlreadyExists"),
+    "policy": ("iam", "CreatePolicy", "PolicyName", "EntityAlreadyExists"),
+}
+"""Service, operation that creates, parameter with the name, and AWS's code for one that is there."""
 
 
 def create(aws: Aws, ledger: Ledger, step: Step) -> None:
@@ -71,6 +81,24 @@ def create(aws: Aws, ledger: Ledger, step: Step) -> None:
     with explained(f"creating {step.kind} {step.name} ({service}:{operation})"):
         client = aws.client(service)
         getattr(client, _method(operation))(**step.request)
+
+
+def ensure(aws: Aws, kind: Kind, request: Mapping[str, Any]) -> bool:
+    """Create what stays in the account, and return whether it was not there; the ledger knows of it before AWS does.
+
+    Raises `AwsError`.
+    """
+    service, operation, parameter, is_there = _LASTING[kind]
+    name = request[parameter]
+    Ledger.of(aws).creating(kind, name)
+    try:
+        with explained(f"creating {kind} {name} ({service}:{operation})"):
+            getattr(aws.client(service), _method(operation))(**request)
+    except AwsError as error:
+        if error.code != is_there:
+            raise
+        return False
+    return True
 
 
 def remove(aws: Aws, ledger: Ledger, kind: Kind, name: str) -> bool:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from detkit.errors import UsageError
 from detkit.files import file_sha256
 from detkit.progress import track
+from detkit_sagemaker import resources
 from detkit_sagemaker.aws import Aws, code_of, explained
 
 _AT_ONCE = 8
@@ -169,8 +170,7 @@ def ensure_bucket(aws: Aws, url: str) -> None:
                 f"there is no bucket {bucket}; create it, or leave output= out for {aws.bucket}"
             ) from error
         place = {} if aws.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": aws.region}}
-        with explained(f"creating the bucket {bucket} (s3:CreateBucket)"):
-            s3.create_bucket(Bucket=bucket, **place)
+        resources.ensure(aws, "bucket", {"Bucket": bucket, **place})
 
 
 def total(bundles: Iterable[tuple[Bundle, tuple[File, ...]]]) -> dict[str, int]:
