@@ -20,12 +20,12 @@ import pytest
 from typer.testing import CliRunner
 
 import detkit
-from detkit import Dataset, Run, Trainer, open_run
+from detkit import Dataset, Run, Trainer, Tuner, open_run
 from detkit.cli.runs import app as runs_verbs
 from detkit.errors import DetkitWarning, RunFailed, StorageError, UsageError
 from detkit.testing import tiny_dataset
 from detkit_sagemaker import aws as aws_module
-from detkit_sagemaker import builtin, history, logs, runs, submission
+from detkit_sagemaker import builtin, history, logs, runs, submission, tuning, uploads
 from detkit_sagemaker.aws import AccessDenied, Aws, AwsError, CredentialsExpired
 from detkit_sagemaker.backend import SagemakerBackend
 from detkit_sagemaker.endpoints import remove
@@ -376,10 +376,12 @@ def test_ctrl_c_at_the_start_forgets_no_job(is_stopped: bool, aws: Simulator, da
     assert run.wait().status == ("stopped" if is_stopped else "finished")
 
 
-def train_and_be_killed(aws: Simulator, coco: Path, name: str, *, when: str, operation: str, calls: int = 1) -> None:
-    """Let a process train that is killed at the n-th call of an operation, before or after that was done."""
-    words = ["train", str(coco), str(coco), "--backend", "sagemaker", "--model", "echo/memory", "--name", name]
-    words += ["--role", aws.role, "--image-uri", aws.image("detkit:latest"), "--yes"]
+def be_killed(
+    aws: Simulator, coco: Path, name: str, *words: str, when: str, operation: str, calls: int = 1, verb: str = "train"
+) -> None:
+    """Let a process train or tune that is killed at the n-th call of an operation, before or after that was done."""
+    given = [str(coco), str(coco), "--backend", "sagemaker", "--model", "echo/memory", "--name", name, "--role"]
+    given += [aws.role, "--image-uri", aws.image("detkit:latest"), "--yes", *words]
     crash, left = getattr(aws.faults, f"crash_{when}"), [calls]
 
     def kill() -> None:
@@ -392,7 +394,7 @@ def train_and_be_killed(aws: Simulator, coco: Path, name: str, *, when: str, ope
                 raise DropConnection
 
     crash(operation, kill)
-    process = subprocess.Popen([sys.executable, "-m", "detkit.cli", *words], stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "detkit.cli", verb, *given], stderr=subprocess.PIPE)
     _, told = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, told.decode()
 
@@ -405,7 +407,7 @@ def test_killed_while_uploading_sends_only_what_is_missing(aws: Simulator, tmp_p
         return {item["Key"] for page in pages for item in page.get("Contents", [])}
 
     before = there()
-    train_and_be_killed(aws, tmp_path / "coco", "cut", when="after", operation="PutObject", calls=8)
+    be_killed(aws, tmp_path / "coco", "cut", when="after", operation="PutObject", calls=8)
     time.sleep(0.5)  # what was under way arrives
     first = there() - before
     assert 8 <= len(first) < 24
@@ -417,7 +419,7 @@ def test_killed_while_uploading_sends_only_what_is_missing(aws: Simulator, tmp_p
 
 
 def test_killed_before_the_job_is_created(aws: Simulator, coco: Path) -> None:
-    train_and_be_killed(aws, coco, "killed", when="before", operation="CreateTrainingJob")
+    be_killed(aws, coco, "killed", when="before", operation="CreateTrainingJob")
     name = job_of("killed")
     assert [entry.name for entry in Ledger.of(Aws()).pending()] == [name]
     assert listed() == {"killed": "interrupted"}
@@ -429,12 +431,80 @@ def test_killed_before_the_job_is_created(aws: Simulator, coco: Path) -> None:
 
 
 def test_killed_after_the_job_is_created(aws: Simulator, coco: Path) -> None:
-    train_and_be_killed(aws, coco, "killed", when="after", operation="CreateTrainingJob")
+    be_killed(aws, coco, "killed", when="after", operation="CreateTrainingJob")
     name = job_of("killed")
     assert [entry.name for entry in Ledger.of(Aws()).pending()] == [name]
     assert set(listed()) == {"killed"}
     assert open_run("killed").wait().status == "finished"
     assert Ledger.of(Aws()).pending() == []
+
+
+SEARCH = ("--trials", "2", "--parallel", "2", "epochs=1", "learning_rate=0.1..0.9:log")
+
+
+def tuning_jobs(aws: Simulator) -> list[str]:
+    """The names of all tuning jobs that were ever created."""
+    called = [request for operation, request in aws.created if operation == "CreateHyperParameterTuningJob"]
+    return [request["HyperParameterTuningJobName"] for request in called]
+
+
+def search_of(study: str) -> str:
+    return str(json.loads((path_of(study) / "tuning.json").read_bytes())["name"])
+
+
+def begun() -> list[tuple[str, str]]:
+    return [(entry.kind, entry.name) for entry in Ledger.of(Aws()).pending()]
+
+
+def test_killed_before_the_search_is_created(aws: Simulator, coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation, before = "CreateHyperParameterTuningJob", tuning_jobs(aws)
+    be_killed(aws, coco, "killed", *SEARCH, when="before", operation=operation, verb="tune")
+    assert begun() == [("tuning-job", search_of("killed"))]
+    monkeypatch.setattr(tuning, "_SETTLED_S", 0.0)
+    with pytest.raises(RunFailed, match=f"AWS knows no tuning job {search_of('killed')}: it was never created"):
+        Tuner().resume("killed", quiet=True)
+    assert tuning_jobs(aws) == before
+    assert begun() == []
+
+
+def test_killed_after_the_search_is_created(aws: Simulator, coco: Path) -> None:
+    aws.faults.slow(0.3)
+    operation, before = "CreateHyperParameterTuningJob", tuning_jobs(aws)
+    be_killed(aws, coco, "killed", *SEARCH, when="after", operation=operation, verb="tune")
+    name = search_of("killed")
+    assert begun() == [("tuning-job", name)]
+    with pytest.warns(DetkitWarning, match=f"tuning jobs .* go on: {name}; `detkit tune --resume STUDY`"):
+        assert remove(Aws()) == []
+    study = Tuner().resume("killed", quiet=True)
+    assert [trial.state for trial in study.trials] == ["finished"] * 2
+    assert tuning_jobs(aws) == [*before, name], "it was followed, not begun again"
+    assert begun() == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_as_the_bucket_is_created(when: str, aws: Simulator, coco: Path) -> None:
+    bucket = boto3.resource("s3").Bucket(aws.bucket)
+    bucket.objects.delete()
+    bucket.delete()
+    before = len(aws.created)
+    be_killed(aws, coco, "killed", when=when, operation="CreateBucket")
+    assert begun() == [("bucket", aws.bucket)]
+    assert listed() == {"killed": "interrupted"}
+    assert Trainer().resume("killed", quiet=True).status == "finished"
+    assert [operation for operation, _ in aws.created[before:]] == ["CreateTrainingJob"]
+    assert begun() == [("bucket", aws.bucket)], "it stays"
+
+
+def test_of_two_who_make_the_bucket_at_once_both_have_it(aws: Simulator) -> None:
+    """Outside of us-east-1 the second one is told that it is there."""
+    there = Aws("eu-west-1")
+    place = {"LocationConstraint": "eu-west-1"}
+    other = boto3.client("s3", region_name="eu-west-1")
+    aws.faults.crash_before(
+        "CreateBucket", lambda: other.create_bucket(Bucket=there.bucket, CreateBucketConfiguration=place)
+    )
+    uploads.ensure_bucket(there, f"s3://{there.bucket}/detkit")
+    assert aws.calls[-2:] == ["CreateBucket"] * 2
 
 
 def test_killed_while_the_model_comes(aws: Simulator, data: Dataset) -> None:
