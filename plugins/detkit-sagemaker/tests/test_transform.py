@@ -30,6 +30,7 @@ from detkit_sagemaker.endpoints import remove
 from detkit_sagemaker.ledger import Ledger
 from detkit_sagemaker.options import TransformOptions
 from detkit_sagemaker.testing import Simulator
+from detkit_sagemaker.testing.faults import DropConnection
 from detkit_sagemaker.transform import TransformFailed, collect_batch, plan_batch, predict_batch, start_batch
 
 if TYPE_CHECKING:
@@ -292,22 +293,38 @@ def test_what_aws_would_reject_is_found_before_anything_is_created(account: Simu
     assert account.created == before
 
 
-@pytest.mark.parametrize("operation", ["CreateModel", "CreateTransformJob"])
-def test_what_a_killed_process_began_is_found(account: Simulator, trained: Trained, operation: str) -> None:
+@pytest.mark.parametrize("function", ["predict_batch", "start_batch"])
+@pytest.mark.parametrize(
+    ("when", "operation"), [("after", "CreateModel"), ("before", "CreateTransformJob"), ("after", "CreateTransformJob")]
+)
+def test_what_a_killed_process_began_is_found(
+    account: Simulator, trained: Trained, when: str, operation: str, function: str
+) -> None:
+    """Also where nobody was to wait for the job: whoever began it was never told its name."""
     account.faults.slow(2.0)
     script = f"""if True:
         import json, sys, msgspec
         from detkit.job import Model
         from detkit_sagemaker.options import TransformOptions
-        from detkit_sagemaker.transform import predict_batch
+        from detkit_sagemaker.transform import {function}
         given = TransformOptions(**json.loads(sys.argv[1]))
-        list(predict_batch(Model({str(trained.model.path)!r}), [{trained.data.paths[0]!r}], given))
+        list({function}(Model({str(trained.model.path)!r}), [{trained.data.paths[0]!r}], given))
     """
     given = json.dumps(msgspec.to_builtins(options(account)))
     with subprocess.Popen([sys.executable, "-c", script, given], env=dict(os.environ)) as child:
-        account.faults.crash_after(operation, lambda: os.kill(child.pid, signal.SIGKILL))
+
+        def kill() -> None:
+            child.kill()
+            if when == "before":
+                raise DropConnection
+
+        getattr(account.faults, f"crash_{when}")(operation, kill)
         assert child.wait(timeout=60) == -signal.SIGKILL
-    assert account.live()
+    assert len(account.live("model")) == 1
+    paid = account.live("model") if (when, operation) == ("after", "CreateTransformJob") else []
+    assert account.live("transform-job") == paid
+    begun = {(entry.kind, entry.name) for entry in Ledger.of(account_of()).pending()}
+    assert begun >= {("transform-job", name) for name in paid}
     assert len(remove(account_of(), expired=True)) == 1
     account.faults.clear()
     account.wait()
