@@ -33,9 +33,13 @@ from detkit_sagemaker.ledger import Ledger
 from detkit_sagemaker.options import DeployOptions
 from detkit_sagemaker.requests import check_request
 from detkit_sagemaker.testing import Simulator
+from detkit_sagemaker.testing.faults import DropConnection
 
 if TYPE_CHECKING:
     from conftest import Trained
+
+STEPS = [*["CreateSchedule"] * 3, "CreateModel", "CreateEndpointConfig", "CreateEndpoint"]
+"""The calls that a deployment creates something with."""
 
 ALL = PredictOptions(score_threshold=0.1)
 OPENED: dict[str, Aws] = {}
@@ -89,9 +93,7 @@ def test_an_endpoint_answers_as_the_model_does_here_and_is_gone_after_the_block(
         assert endpoint.status == "InService"
         assert endpoint.expires == pytest.approx(time.time() + 3600, abs=60)
         assert endpoint.price_per_hour is not None
-        assert [operation for operation, _ in account.created if operation != "CreateBucket"][-6:] == [
-            *["CreateSchedule"] * 3, "CreateModel", "CreateEndpointConfig", "CreateEndpoint",
-        ]  # fmt: skip
+        assert [operation for operation, _ in account.created][-6:] == STEPS
         pictures = [read_image(path) for path in trained.data.paths]
         with endpoint.open(ALL) as detector:
             form = detector._answers
@@ -141,9 +143,7 @@ def test_a_plan_creates_nothing_and_says_what_it_may_cost(account: Simulator, tr
     before = account.created
     plan = plan_deployment(trained.model, options(account), account_of())
     assert account.created == before
-    assert [operation for operation, _ in plan.requests] == [
-        *["CreateSchedule"] * 3, "CreateModel", "CreateEndpointConfig", "CreateEndpoint",
-    ]  # fmt: skip
+    assert [operation for operation, _ in plan.requests] == STEPS
     for operation, request in plan.requests:
         service = "scheduler" if operation == "CreateSchedule" else "sagemaker"
         assert check_request(operation, request, service) == []
@@ -433,11 +433,12 @@ def outcome(launcher: subprocess.Popen[str]) -> int:
 
 
 def clean_up(account: Simulator) -> None:
-    """What `detkit endpoints rm --all` does, again where an endpoint cannot be deleted yet."""
+    """What `detkit endpoints rm --expired` does, or `--all` where there is an endpoint; again while AWS makes that."""
+    expired = not account.live("endpoint")
 
     def is_done() -> bool:
         try:
-            remove(account_of())
+            remove(account_of(), expired=expired)
         except AwsError as error:
             assert resources.is_busy(error)
             return False
@@ -447,16 +448,29 @@ def clean_up(account: Simulator) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("operation", ["CreateSchedule", "CreateModel", "CreateEndpointConfig", "CreateEndpoint"])
+@pytest.mark.parametrize("step", range(len(STEPS)), ids=lambda step: f"{step}-{STEPS[step]}")
 def test_a_process_killed_at_a_create_call_leaves_nothing_that_clean_up_does_not_find(
-    account: Simulator, trained: Trained, launcher: subprocess.Popen[str], operation: str, when: str
+    account: Simulator, trained: Trained, launcher: subprocess.Popen[str], step: int, when: str
 ) -> None:
     child: queue.Queue[int] = queue.Queue()
-    getattr(account.faults, f"crash_{when}")(operation, lambda: os.kill(child.get(timeout=30), signal.SIGKILL))
+    crash, left = getattr(account.faults, f"crash_{when}"), [1 + STEPS[:step].count(STEPS[step])]
+
+    def kill() -> None:
+        left[0] -= 1
+        if left[0]:
+            crash(STEPS[step], kill)
+            return
+        os.kill(child.get(timeout=30), signal.SIGKILL)
+        if when == "before":
+            raise DropConnection
+
+    crash(STEPS[step], kill)
     child.put(launch(launcher, account, trained))
     assert outcome(launcher) == -signal.SIGKILL
-    assert operation in account.calls
-    assert Ledger.of(account_of()).pending(), "it was not written down before"
+    assert [call for call in account.calls if call in STEPS] == STEPS[: step + 1]
+    assert len(account.live()) == (step if when == "before" else step + 1)
+    begun = [entry.kind for entry in Ledger.of(account_of()).pending()]
+    assert len(begun) == step + 1, "it was not written down before"
     clean_up(account)
 
 
