@@ -23,7 +23,7 @@ from detkit.backends import PredictOptions
 from detkit.errors import DetkitWarning, MissingSettings, Unsupported, UsageError
 from detkit.images import read_image
 from detkit.job import Model
-from detkit_sagemaker import endpoints, resources
+from detkit_sagemaker import deployment, endpoints, resources
 from detkit_sagemaker.aws import Aws, AwsError, CredentialsExpired, QuotaExceeded
 from detkit_sagemaker.deployment import DeploymentFailed, ScheduleRefused, deploy, plan_deployment
 from detkit_sagemaker.endpoints import find_endpoint, list_endpoints, remove
@@ -472,6 +472,41 @@ def test_a_process_killed_at_a_create_call_leaves_nothing_that_clean_up_does_not
     begun = [entry.kind for entry in Ledger.of(account_of()).pending()]
     assert len(begun) == step + 1, "it was not written down before"
     clean_up(account)
+
+
+def test_it_answers_until_its_time_is_over_and_then_goes_with_all_that_is_its(
+    account: Simulator, trained: Trained
+) -> None:
+    endpoint, paths = deploy(trained.model, options(account), account_of()), list(trained.data.paths)
+    end, passed = endpoint.expires, list[float]()
+    assert end is not None
+
+    def pass_until(t: float) -> None:
+        """Let the scheduler's clock show a time, and wait until it has done all that is due: this schedule last."""
+        target = {"Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:deleteModel", "RoleArn": account.role}
+        name = f"last-{len(passed)}"
+        boto3.client("scheduler").create_schedule(
+            Name=name,
+            ScheduleExpression=f"at({resources.iso(t).removesuffix('Z')})",
+            FlexibleTimeWindow={"Mode": "OFF"},
+            ActionAfterCompletion="DELETE",
+            Target={**target, "Input": json.dumps({"ModelName": "nothing"})},
+        )
+        passed.append(t - time.time() - sum(passed))
+        account.elapse(passed[-1])
+        wait_until(lambda: name not in account.live("schedule"))
+
+    with endpoint.open(ALL) as detector:
+        pass_until(end - 60)
+        assert len(list(detector.predict(paths))) == len(paths)
+        assert endpoint.status == "InService"
+        assert len(account.live()) == len(STEPS)
+        pass_until(end)
+        wait_until(lambda: endpoint.status == "Deleted")
+        with pytest.raises(AwsError, match=f"was endpoint {endpoint.name} deleted, or has its time run out"):
+            list(detector.predict(paths))
+    pass_until(end + deployment._LATER_S)
+    wait_until(lambda: account.live() == [])
 
 
 def test_aws_deletes_it_when_its_time_is_over_and_nobody_lives(
