@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -57,6 +58,18 @@ run()
 """
 """Our container, where echo takes no step after its first checkpoint until a file is there."""
 
+AT_ONCE = """
+import sys
+import boto3, numpy
+import detkit.tuner, detkit_sagemaker.backend, detkit_sagemaker.recovery, detkit_sagemaker.submission
+from detkit.cli import main
+print(flush=True)
+sys.stdin.readline()
+main()
+"""
+"""The command line, which has imported what takes long and waits for a line before it begins."""
+
+SEARCH = ("--trials", "2", "--parallel", "2", "epochs=1", "learning_rate=0.1..0.9:log")
 MODEL = "memory.npz"
 
 LEFT = """
@@ -376,12 +389,17 @@ def test_ctrl_c_at_the_start_forgets_no_job(is_stopped: bool, aws: Simulator, da
     assert run.wait().status == ("stopped" if is_stopped else "finished")
 
 
+def command(aws: Simulator, coco: Path, verb: str, name: str) -> list[str]:
+    """Return what is typed to train, or to search."""
+    words = [verb, str(coco), str(coco), "--backend", "sagemaker", "--model", "echo/memory", "--name", name]
+    words += ["--role", aws.role, "--image-uri", aws.image("detkit:latest"), "--yes"]
+    return [*words, *SEARCH] if verb == "tune" else words
+
+
 def be_killed(
-    aws: Simulator, coco: Path, name: str, *words: str, when: str, operation: str, calls: int = 1, verb: str = "train"
+    aws: Simulator, coco: Path, name: str, *, when: str, operation: str, calls: int = 1, verb: str = "train"
 ) -> None:
     """Let a process train or tune that is killed at the n-th call of an operation, before or after that was done."""
-    given = [str(coco), str(coco), "--backend", "sagemaker", "--model", "echo/memory", "--name", name, "--role"]
-    given += [aws.role, "--image-uri", aws.image("detkit:latest"), "--yes", *words]
     crash, left = getattr(aws.faults, f"crash_{when}"), [calls]
 
     def kill() -> None:
@@ -394,7 +412,9 @@ def be_killed(
                 raise DropConnection
 
     crash(operation, kill)
-    process = subprocess.Popen([sys.executable, "-m", "detkit.cli", verb, *given], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "detkit.cli", *command(aws, coco, verb, name)], stderr=subprocess.PIPE
+    )
     _, told = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, told.decode()
 
@@ -439,9 +459,6 @@ def test_killed_after_the_job_is_created(aws: Simulator, coco: Path) -> None:
     assert Ledger.of(Aws()).pending() == []
 
 
-SEARCH = ("--trials", "2", "--parallel", "2", "epochs=1", "learning_rate=0.1..0.9:log")
-
-
 def tuning_jobs(aws: Simulator) -> list[str]:
     """The names of all tuning jobs that were ever created."""
     called = [request for operation, request in aws.created if operation == "CreateHyperParameterTuningJob"]
@@ -458,7 +475,7 @@ def begun() -> list[tuple[str, str]]:
 
 def test_killed_before_the_search_is_created(aws: Simulator, coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operation, before = "CreateHyperParameterTuningJob", tuning_jobs(aws)
-    be_killed(aws, coco, "killed", *SEARCH, when="before", operation=operation, verb="tune")
+    be_killed(aws, coco, "killed", when="before", operation=operation, verb="tune")
     assert begun() == [("tuning-job", search_of("killed"))]
     monkeypatch.setattr(tuning, "_SETTLED_S", 0.0)
     with pytest.raises(RunFailed, match=f"AWS knows no tuning job {search_of('killed')}: it was never created"):
@@ -470,7 +487,7 @@ def test_killed_before_the_search_is_created(aws: Simulator, coco: Path, monkeyp
 def test_killed_after_the_search_is_created(aws: Simulator, coco: Path) -> None:
     aws.faults.slow(0.3)
     operation, before = "CreateHyperParameterTuningJob", tuning_jobs(aws)
-    be_killed(aws, coco, "killed", *SEARCH, when="after", operation=operation, verb="tune")
+    be_killed(aws, coco, "killed", when="after", operation=operation, verb="tune")
     name = search_of("killed")
     assert begun() == [("tuning-job", name)]
     with pytest.warns(DetkitWarning, match=f"tuning jobs .* go on: {name}; `detkit tune --resume STUDY`"):
@@ -521,6 +538,48 @@ def test_killed_while_the_model_comes(aws: Simulator, data: Dataset) -> None:
     assert listed() == {"killed": "finished"}
     steps = [row["step"] for row in run.history if "train/loss" in row]
     assert steps == sorted(set(steps))
+
+
+# Two at once.
+
+
+def at_once(*commands: list[str]) -> list[tuple[int, str]]:
+    """Type commands into shells of their own at the same moment; return how each ended, and what it said."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen([sys.executable, "-c", AT_ONCE, *words], text=True, **pipes) for words in commands]
+    for process in processes:
+        process.stdout.readline()
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    told = [process.communicate(timeout=90)[1] for process in processes]
+    return [(process.returncode, said) for process, said in zip(processes, told, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("verb", "operation"), [("train", "CreateTrainingJob"), ("tune", "CreateHyperParameterTuningJob")]
+)
+def test_of_two_that_begin_under_one_name_one_does(verb: str, operation: str, aws: Simulator, coco: Path) -> None:
+    before = aws.calls.count(operation)
+    ends = at_once(*[command(aws, coco, verb, "same")] * 2)
+    assert sorted(code for code, _ in ends) == [0, 2], ends
+    (refused,) = (said for code, said in ends if code == 2)
+    assert re.search("same already holds .*; choose another name", refused), refused
+    assert aws.calls.count(operation) == before + 1
+    assert begun() == []
+    assert list(listed()) == (["same"] if verb == "train" else [])
+
+
+def test_of_two_that_recover_a_run_at_once_one_does(
+    aws: Simulator, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = job_of(trainer(aws).fit(data, data, name="there"))
+    monkeypatch.setenv("DETKIT_RUNS", str(tmp_path / "here"))
+    ends = at_once(*[["runs", "attach", name, "--backend", "sagemaker"]] * 3)
+    assert sorted(code for code, _ in ends) == [0, 2, 2], ends
+    assert listed() == {name: "finished"}
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [name]
+    assert not (path_of(name) / "run").exists()
 
 
 # Going on.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +71,12 @@ def recover(aws: Aws, name: str, folder: Path) -> Workspace:
         workspace = Workspace(run)
         for place in (workspace.checkpoints, workspace.model, workspace.metrics_file.parent):
             place.mkdir(parents=True, exist_ok=True)
-        shutil.move(run, folder)
+        try:
+            run.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            raise RunExists(folder, "other files") from None  # somebody else has just made it
     return Workspace(folder)
 
 
