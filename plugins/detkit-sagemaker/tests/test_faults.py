@@ -31,9 +31,11 @@ from detkit_sagemaker.aws import AccessDenied, Aws, AwsError, CredentialsExpired
 from detkit_sagemaker.backend import SagemakerBackend
 from detkit_sagemaker.endpoints import remove
 from detkit_sagemaker.ledger import Ledger
+from detkit_sagemaker.options import TransformOptions
 from detkit_sagemaker.runs import SagemakerRun
 from detkit_sagemaker.testing import Simulator
 from detkit_sagemaker.testing.faults import DropConnection
+from detkit_sagemaker.transform import predict_batch
 
 SLOWLY = """
 import time, types
@@ -341,6 +343,35 @@ def test_credentials_that_expire_while_the_model_comes(aws: Simulator, data: Dat
     assert open_run("follow").wait().status == "finished"
     rows = [row["step"] for row in open_run("follow").history if "train/loss" in row]
     assert rows == sorted(set(rows)), "a line was read twice"
+
+
+# Too many calls.
+
+
+def test_every_third_call_of_all_is_throttled(aws: Simulator, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, a batch transform, an endpoint and its end all get there; boto3 waits here for nothing."""
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr("botocore.retries.bucket.TokenBucket._sleep_amount", lambda *_: 0.0)
+    monkeypatch.setenv("DETKIT_SCHEDULER_ROLE", aws.role)
+    given = {"role": aws.role, "image_uri": aws.image("detkit:latest"), "yes": True}
+    before, paths = len(aws.created), list(data.paths)
+    aws.faults.throttle(every=3)
+    run = trainer(aws).fit(data, data, name="busy")
+    in_batch = list(predict_batch(run.model, paths, TransformOptions(**given)))
+    with detkit.deploy(run, ttl="1h", **given) as endpoint, detkit.Predictor(endpoint) as predictor:
+        answered = list(predictor.predict(data))
+    assert endpoint.status == "Deleted"
+    aws.faults.clear()
+    created = [operation for operation, _ in aws.created[before:]]
+    assert created == [
+        *("CreateTrainingJob", "CreateModel", "CreateTransformJob"),
+        *(["CreateSchedule"] * 3), *("CreateModel", "CreateEndpointConfig", "CreateEndpoint"),
+    ]  # fmt: skip
+    assert begun() == []
+    with detkit.Predictor(run) as here:
+        expected = [found.names for found in here.predict(data)]
+    assert [found.names for found in answered] == expected
+    assert len(in_batch) == len(paths)
 
 
 # Answers that get lost, and processes that are killed.
