@@ -213,6 +213,17 @@ def test_throttling_is_waited_out(account: Simulator, trained: Trained) -> None:
     wait_until(lambda: is_clean(account))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_answers_that_get_lost_are_asked_for_again(account: Simulator, trained: Trained, when: str) -> None:
+    for operation in set(STEPS):
+        getattr(account.faults, f"crash_{when}")(operation)
+    before = len(account.created)
+    with deploy(trained.model, options(account), account_of()) as endpoint:
+        assert endpoint.status == "InService"
+        assert [operation for operation, _ in account.created[before:]] == STEPS, "none is there twice"
+    wait_until(lambda: is_clean(account))
+
+
 def test_credentials_that_expire_while_it_is_created_say_what_is_left(account: Simulator, trained: Trained) -> None:
     account.faults.slow(0.5)
     account.faults.crash_after("CreateEndpoint", account.faults.expire_tokens)

@@ -265,6 +265,16 @@ def test_trouble_of_the_network_leaves_the_job_and_says_how_to_collect_it(
     assert is_clean(account)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_answers_that_get_lost_are_asked_for_again(account: Simulator, trained: Trained, when: str) -> None:
+    before, steps = len(account.created), ["CreateModel", "CreateTransformJob"]
+    for operation in steps:
+        getattr(account.faults, f"crash_{when}")(operation)
+    assert len(list(predict_batch(trained.model, trained.data.paths, options(account), account_of()))) == 8
+    assert [operation for operation, _ in account.created[before:]] == steps, "none is there twice"
+    assert is_clean(account)
+
+
 def test_credentials_that_expire_leave_the_job(account: Simulator, trained: Trained) -> None:
     account.faults.slow(1.0)
     account.faults.crash_after("CreateTransformJob", account.faults.expire_tokens)

@@ -29,6 +29,7 @@ OWNER, EXPIRES = "detkit:owner", "detkit:expires"
 NEVER = "never"
 
 _BY_TIME = re.compile(r"botocore-session-\d+")
+_TAKEN = {"ValidationException", "ResourceInUse", "ConflictException"}
 _PASSING = {"", "InternalError", "InternalFailure", "InternalServerError", "ServiceUnavailable", "500", "502", "503"}
 _LOG_LINES = 20
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _SHARE = 0.2, 30.0, 0.05
@@ -78,9 +79,14 @@ def create(aws: Aws, ledger: Ledger, step: Step) -> None:
     """Create one thing; the ledger knows of it before AWS does. Raises `AwsError`."""
     service, operation, _, _ = _OPERATIONS[step.kind]
     ledger.creating(step.kind, step.name)
-    with explained(f"creating {step.kind} {step.name} ({service}:{operation})"):
-        client = aws.client(service)
-        getattr(client, _method(operation))(**step.request)
+    try:
+        with explained(f"creating {step.kind} {step.name} ({service}:{operation})"):
+            client = aws.client(service)
+            getattr(client, _method(operation))(**step.request)
+    except AwsError as error:
+        # Its name has a part by chance, so it is ours: boto3 calls again where an answer got lost.
+        if error.code not in _TAKEN or "already exist" not in str(error).lower():
+            raise
 
 
 def ensure(aws: Aws, kind: Kind, request: Mapping[str, Any]) -> bool:
