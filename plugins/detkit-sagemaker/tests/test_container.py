@@ -209,6 +209,23 @@ def test_sigterm_stops_with_a_checkpoint_and_training_goes_on_from_it(data: Data
     assert (folder / "model/detkit.json").is_file()
 
 
+@pytest.mark.parametrize("verb", ["train", "serve"])
+def test_sigterm_is_heard_before_anything_that_takes_long_is_imported(verb: str, tmp_path: Path) -> None:
+    """As process 1 of a container it ignores what it has no handler for; numpy takes a minute here to be imported."""
+    (tmp_path / "numpy.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    variables = environment(tmp_path)
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path), variables.get("PYTHONPATH")]))
+    ignoring = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh", *command(verb)]
+    with subprocess.Popen(ignoring, env=variables, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.terminate()
+        try:
+            assert process.wait(timeout=20) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+
+
 def tar(archive: Path, *members: tuple[str, bytes] | tarfile.TarInfo) -> Path:
     with tarfile.open(archive, "w:gz") as file:
         for member in members:
