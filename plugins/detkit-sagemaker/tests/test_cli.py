@@ -18,8 +18,11 @@ from PIL import Image
 
 from detkit import Dataset, Sample, write_dataset
 from detkit_sagemaker.aws import Aws
+from detkit_sagemaker.building import build_there
 from detkit_sagemaker.cli import app
+from detkit_sagemaker.container.build import plan
 from detkit_sagemaker.ledger import Ledger
+from detkit_sagemaker.policies import Policies, apply
 from detkit_sagemaker.testing import Simulator
 
 if TYPE_CHECKING:
@@ -206,6 +209,23 @@ def test_what_stays_in_an_account_is_written_down_before_it_is_made_and_kept(
     for _, name in roles:
         assert boto3.client("iam").get_role(RoleName=name)
     boto3.client("s3").head_bucket(Bucket=echo_account.bucket)
+
+
+def test_a_build_is_not_begun_twice_where_an_answer_gets_lost(echo_account: Simulator, tmp_path: Path) -> None:
+    """The second call has the token of the first one, by which CodeBuild knows that it is the same build."""
+    aws, tokens = Aws(), list[str]()
+    apply(aws, Policies.of(aws))
+    image = plan(tmp_path / "context", ["echo"], region=aws.region, account=aws.account)
+    echo_account.faults.crash_after("StartBuild")
+
+    def note(request: Any, **_: Any) -> None:
+        tokens.append(json.loads(request.body)["idempotencyToken"])
+
+    aws.client("codebuild").meta.events.register("before-send.codebuild.StartBuild", note)
+    for _ in range(2):
+        build_there(aws, image, f"s3://{aws.bucket}/detkit", lambda _: None)
+    first, again, other = tokens
+    assert first == again != other
 
 
 def test_docker_is_run_as_it_is_said(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -72,8 +73,9 @@ def build_there(aws: Aws, plan: BuildPlan, root: str, tell: Tell, role: str | No
     where = {"type": "S3", "location": source.removeprefix("s3://"), "buildspec": plan.buildspec}
     resources.ensure(aws, "project", {**project, "source": where})
     client = aws.client("codebuild")
+    once = {"idempotencyToken": secrets.token_hex(16)}  # boto3 asks again where an answer got lost
     with explained(f"starting a build of {PROJECT} (codebuild:StartBuild)"):
-        build = client.start_build(**plan.start_request(name=PROJECT, source=source))["build"]["id"]
+        build = client.start_build(**plan.start_request(name=PROJECT, source=source), **once)["build"]["id"]
     try:
         _wait(aws, build, tell)
     except KeyboardInterrupt:
