@@ -213,6 +213,14 @@ def test_throttling_is_waited_out(account: Simulator, trained: Trained) -> None:
     wait_until(lambda: is_clean(account))
 
 
+def test_what_is_over_before_it_began_is_not_created(account: Simulator, trained: Trained) -> None:
+    account.faults.crash_after("PutObject", lambda: time.sleep(3))
+    with pytest.raises(DeploymentFailed, match="over when its model was uploaded, and nothing was created; try again"):
+        deploy(trained.model, options(account, ttl=2), account_of())
+    assert not set(account.calls) & set(STEPS)
+    assert is_clean(account)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_answers_that_get_lost_are_asked_for_again(account: Simulator, trained: Trained, when: str) -> None:
     for operation in set(STEPS):
@@ -483,6 +491,24 @@ def test_a_process_killed_at_a_create_call_leaves_nothing_that_clean_up_does_not
     begun = [entry.kind for entry in Ledger.of(account_of()).pending()]
     assert len(begun) == step + 1, "it was not written down before"
     clean_up(account)
+
+
+@pytest.mark.parametrize("operation", ["DeleteEndpoint", "DeleteEndpointConfig", "DeleteModel", "DeleteSchedule"])
+@pytest.mark.parametrize("finished_by", ["aws", "typing it again"])
+def test_a_clean_up_that_is_killed_is_finished(
+    account: Simulator, trained: Trained, operation: str, finished_by: str
+) -> None:
+    endpoint = deploy(trained.model, options(account), account_of())
+    script = f"from detkit_sagemaker import aws, endpoints; endpoints.remove(aws.Aws(), [{endpoint.name!r}])"
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        account.faults.crash_after(operation, process.kill)
+        assert process.wait(timeout=60) == -signal.SIGKILL
+    assert account.live()
+    if finished_by == "aws":
+        account.elapse(24 * 3600)
+        wait_until(lambda: account.live() == [])
+    assert remove(account_of(), [endpoint.name]) == ([] if finished_by == "aws" else [endpoint.name])
+    wait_until(lambda: is_clean(account))
 
 
 def test_it_answers_until_its_time_is_over_and_then_goes_with_all_that_is_its(

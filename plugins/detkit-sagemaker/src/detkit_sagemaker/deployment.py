@@ -155,6 +155,11 @@ class _Deployment:
     def start(self, tell: Tell) -> SagemakerEndpoint:
         ledger = Ledger.of(self.aws)
         self.container.bring(self.aws, self.options.kms_key)
+        if self._is_over:  # a schedule of the past may never delete anything
+            raise DeploymentFailed(
+                f"the time of endpoint {self.name} was over when its model was uploaded, and nothing was created; try "
+                "again, as the model is there now, or give it more ttl"
+            )
         try:
             for step in self.steps:
                 self._create(ledger, step)
@@ -172,6 +177,10 @@ class _Deployment:
         end = "it stays until it is deleted" if self.expires is None else f"AWS deletes it at {iso(self.expires)}"
         tell(f"endpoint {self.name}: {price}. {end}; before that: detkit endpoints rm {self.name}")
         return SagemakerEndpoint(self.aws, self.name, expires=self.expires, model=self.model)
+
+    @property
+    def _is_over(self) -> bool:
+        return self.expires is not None and time.time() > self.expires
 
     def _create(self, ledger: Ledger, step: Step) -> None:
         try:
@@ -210,7 +219,7 @@ class _Deployment:
                 log = resources.last_lines(self.aws, f"{logs.ENDPOINTS}/{self.name}", "all/")
                 lines = f"\nlast lines of the container:\n{log}\n" if log else ""
                 raise DeploymentFailed(f"endpoint {self.name} is {status}: {reason}{lines}")
-            if self.expires is not None and time.time() > self.expires:
+            if self._is_over:
                 raise DeploymentFailed(
                     f"endpoint {self.name} is still {status}, and its time is over; give it more ttl"
                 )
