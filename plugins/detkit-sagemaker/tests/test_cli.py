@@ -190,7 +190,7 @@ def test_what_stays_in_an_account_is_written_down_before_it_is_made_and_kept(
     for operation in stays:
         echo_account.faults.crash_before(operation, look(operation))
     assert typed("ledger") == 0
-    assert typed.out == "nothing was begun from this machine that is not gone\n"
+    assert typed.out == "all that this machine began is known to be over or gone\n"
     for _ in range(2):  # what is there already is listed once
         assert typed("setup", "--apply") == 0
     assert typed("build-image", "--with", "echo", "--codebuild", "--yes") == 0, typed.err

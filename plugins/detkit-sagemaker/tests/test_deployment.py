@@ -214,9 +214,9 @@ def test_throttling_is_waited_out(account: Simulator, trained: Trained) -> None:
 
 
 def test_what_is_over_before_it_began_is_not_created(account: Simulator, trained: Trained) -> None:
-    account.faults.crash_after("PutObject", lambda: time.sleep(3))
+    account.faults.crash_after("PutObject", lambda: time.sleep(1.2))
     with pytest.raises(DeploymentFailed, match="over when its model was uploaded, and nothing was created; try again"):
-        deploy(trained.model, options(account, ttl=2), account_of())
+        deploy(trained.model, options(account, ttl=1), account_of())
     assert not set(account.calls) & set(STEPS)
     assert is_clean(account)
 
@@ -493,7 +493,7 @@ def test_a_process_killed_at_a_create_call_leaves_nothing_that_clean_up_does_not
     clean_up(account)
 
 
-@pytest.mark.parametrize("operation", ["DeleteEndpoint", "DeleteEndpointConfig", "DeleteModel", "DeleteSchedule"])
+@pytest.mark.parametrize("operation", ["DeleteEndpoint", "DeleteModel", "DeleteSchedule"])
 @pytest.mark.parametrize("finished_by", ["aws", "typing it again"])
 def test_a_clean_up_that_is_killed_is_finished(
     account: Simulator, trained: Trained, operation: str, finished_by: str

@@ -608,6 +608,7 @@ def test_of_two_that_recover_a_run_at_once_one_does(
     monkeypatch.setenv("DETKIT_RUNS", str(tmp_path / "here"))
     ends = at_once(*[["runs", "attach", name, "--backend", "sagemaker"]] * 3)
     assert sorted(code for code, _ in ends) == [0, 2, 2], ends
+    assert [f"`detkit runs attach {path_of(name)}` follows" in said for code, said in ends if code == 2] == [True] * 2
     assert listed() == {name: "finished"}
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [name]
     assert not (path_of(name) / "run").exists()

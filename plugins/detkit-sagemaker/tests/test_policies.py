@@ -23,6 +23,7 @@ POLICIES = Policies(account="123456789012", region="eu-west-1", bucket="my-bucke
 
 @pytest.fixture(autouse=True)
 def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made in the simulated account is none of the user's."""
     monkeypatch.setenv("DETKIT_LEDGER", str(tmp_path / "ledger.jsonl"))
 
 

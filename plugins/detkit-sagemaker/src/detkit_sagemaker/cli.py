@@ -73,7 +73,7 @@ def ledger(region: Region = None, as_json: Json = False) -> None:
     if as_json:
         messages.print_json([{"name": one.name, "kind": one.kind, "began": one.t} for one in entries])
     elif not entries:
-        print("nothing was begun from this machine that is not gone")
+        print("all that this machine began is known to be over or gone")
     else:
         messages.print_table(("name", "kind", "began"), [(one.name, one.kind, iso(one.t)) for one in entries])
 

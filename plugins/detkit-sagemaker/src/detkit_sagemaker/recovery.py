@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from detkit.errors import InvalidData, RunExists, UsageError
+from detkit.errors import InvalidData, UsageError
 from detkit.job import CHANNELS, Workspace
 from detkit_sagemaker import creating, hosting, uploads
 from detkit_sagemaker.aws import Aws, AwsError, explained
@@ -39,7 +39,7 @@ def keep(aws: Aws, root: str, workspace: Workspace, name: str) -> None:
 def recover(aws: Aws, name: str, folder: Path) -> Workspace:
     """Make the run directory of a training job that another machine started, or a tuning job of its.
 
-    Raises `UsageError` and `RunExists`.
+    Raises `UsageError`, also where the directory is there.
     """
     try:
         with explained(f"asking for training job {name} (sagemaker:DescribeTrainingJob)"):
@@ -52,7 +52,7 @@ def recover(aws: Aws, name: str, folder: Path) -> Workspace:
             "`aws sagemaker list-training-jobs` lists them, and --region names another region"
         ) from error
     if folder.exists():
-        raise RunExists(folder, "other files")
+        raise _taken(folder)
     root = job["OutputDataConfig"]["S3OutputPath"].rstrip("/").removesuffix("/jobs")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
@@ -76,7 +76,7 @@ def recover(aws: Aws, name: str, folder: Path) -> Workspace:
         except OSError:
             if not folder.exists():
                 raise
-            raise RunExists(folder, "other files") from None  # somebody else has just made it
+            raise _taken(folder) from None  # another process has just made it
     return Workspace(folder)
 
 
@@ -86,6 +86,11 @@ def _make_trial(workspace: Workspace, job: Mapping[str, Any]) -> None:
     record = (workspace.path / searching.RECORD).read_bytes()
     remote = msgspec.json.decode(record, type=trials.RemoteTuning)
     trials.become_trial(workspace, remote, trials.sent(remote, job), job)
+
+
+def _taken(folder: Path) -> UsageError:
+    follow = f"`detkit runs attach {folder}` follows the run in it"
+    return UsageError(f"{folder} is there already; {follow}, and DETKIT_RUNS names another folder for runs")
 
 
 def _url(root: str, name: str) -> str:
