@@ -254,23 +254,6 @@ def test_aws_needs_a_region(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         Aws()
 
 
-def test_data_in_s3_stays_there(simulator: Simulator, data: Dataset) -> None:
-    """No image travels: our container is told where they lie, and trains as on those of this machine."""
-    place = f"s3://{simulator.bucket}/shelves"
-    detkit.write_dataset(data, place)
-    plan = trainer(simulator).plan(place, place)
-    assert plan.uploads is not None
-    images = sum(Path(path).stat().st_size for path in data.paths)
-    assert plan.uploads["bytes"] < images / 4
-    kinds = {
-        c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3DataType"] for c in plan.requests[0][1]["InputDataConfig"]
-    }
-    assert kinds["train-images"] == "ManifestFile"
-    run = trainer(simulator, yes=True).fit(place, place, name="remote")
-    local = Trainer(model="echo/memory").fit(data, data, name="local")
-    assert losses(run) == losses(local)
-
-
 def test_several_machines_are_refused(simulator: Simulator, data: Dataset) -> None:
     with pytest.raises(Unsupported, match="instance_count=2"):
         trainer(simulator, instance_count=2).plan(data, data)

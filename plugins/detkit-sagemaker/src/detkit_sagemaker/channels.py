@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from detkit.errors import DetkitWarning, UsageError
 from detkit.files import file_sha256, write_json
 from detkit.io import write_dataset
 from detkit.job import Job, Workspace
+from detkit.plans import MEGABYTE
 from detkit_sagemaker import uploads
 from detkit_sagemaker.container.training import IMAGES, LINKS, WEIGHTS
 from detkit_sagemaker.requests import Channel
@@ -25,6 +26,8 @@ DataFormat = Literal["recordio", "json", "manifest"]
 
 _IMAGE_TYPE = "application/x-image"
 _RECORDIO = "application/x-recordio"
+_FOLDER = "images/"
+"""Of a channel's images that are files of their own."""
 _LABEL = "bounding-box"
 _LINES = "output.manifest"
 _NAMED = "images.manifest"
@@ -46,11 +49,19 @@ class Staged:
     """The job's own where None. FastFile takes prefixes alone, and nothing can be linked into it."""
     attribute_names: tuple[str, ...] = ()
     """Of an augmented manifest."""
+    left: tuple[File, ...] = ()
+    """Images that the file names where they lie in S3."""
 
     @property
     def bundles(self) -> list[Bundle]:
         """All that has to lie in S3."""
         return [bundle for bundle in (self.images, self.bundle) if bundle is not None]
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """What each machine has of it on its disk where data is copied first; what is streamed, it has not."""
+        files = [*self.left, *(file for bundle in self.bundles for file in bundle.files)]
+        return 0 if self.attribute_names else sum(file.bytes for file in files)
 
     def channel(self, root: str) -> Channel:
         """Return the request's entry, with the place below an S3 folder."""
@@ -85,10 +96,11 @@ def for_our_container(workspace: Workspace, job: Job, folder: Path, but: Collect
     for channel in sorted(path for path in (workspace.path / "input/data").iterdir() if path.is_dir()):
         if channel.name == "job" or channel.name in but:
             continue
-        there = _origins(workspace, channel.name)
-        files = Bundle.of(channel, digests=_digests(workspace, channel.name), origins=there).files
+        there = _in_s3(workspace, channel.name)
+        urls = {name: str(file.source) for name, file in there.items()}
+        files = Bundle.of(channel, digests=_digests(workspace, channel.name), origins=urls).files
         here = tuple(file for file in files if file.name not in there)
-        if there and len({uploads.split(url)[0] for url in there.values()}) == 1:
+        if there and len({uploads.split(url)[0] for url in urls.values()}) == 1:
             images, links = _left_in_s3(channel.name, there, folder)
             staged += [images, Staged(name=channel.name, bundle=Bundle((*here, links)), input_mode="File")]
         elif files:
@@ -102,18 +114,22 @@ def weights(file: Path) -> Staged:
     return Staged(name=WEIGHTS, bundle=bundle, input_mode="File")
 
 
-def _left_in_s3(name: str, there: Mapping[str, str], folder: Path) -> tuple[Staged, File]:
+def _left_in_s3(name: str, there: Mapping[str, File], folder: Path) -> tuple[Staged, File]:
     """Return a channel that names images where they lie, and the file that says what each is to a run."""
-    bucket = uploads.split(next(iter(there.values())))[0]
-    keys = {image: uploads.split(url)[1] for image, url in there.items()}
-    target = folder / f"{name}{IMAGES}"
-    write_json(target / _NAMED, [{"prefix": f"s3://{bucket}/"}, *sorted(set(keys.values()))])
-    write_json(target / LINKS, keys)
-    images, links = Bundle.of(target).files
-    if images.name != _NAMED:
-        images, links = links, images
-    named = Staged(name=target.name, bundle=Bundle((images,)), file=_NAMED, data_type="ManifestFile", input_mode="File")
-    return named, links
+    places = {image: uploads.split(str(file.source)) for image, file in there.items()}
+    ((bucket, _), *_) = places.values()
+    keys = {image: key for image, (_, key) in places.items()}
+    named = _named(f"{name}{IMAGES}", f"s3://{bucket}/", sorted(set(keys.values())), folder)
+    write_json(folder / f"{name}-links" / LINKS, keys)
+    (links,) = Bundle.of(folder / f"{name}-links").files
+    return replace(named, left=tuple(there.values())), links
+
+
+def _named(name: str, prefix: str, objects: Sequence[str], folder: Path) -> Staged:
+    """Return a channel of objects that lie in S3, in which each has its name below the prefix."""
+    write_json(folder / f"{name}-named" / _NAMED, [{"prefix": prefix}, *objects])
+    bundle = Bundle.of(folder / f"{name}-named")
+    return Staged(name=name, bundle=bundle, file=_NAMED, data_type="ManifestFile", input_mode="File")
 
 
 def for_builtin(
@@ -131,13 +147,20 @@ def for_builtin(
             if len(full) < len(data):
                 left = len(data) - len(full)
                 told.append(f"{name}: {left} images without boxes are left out, as RecordIO files cannot hold them")
+            there = _in_s3(workspace, name)
+            again = [file for i in full if (file := there.get(_FOLDER + data.image_ids[i])) is not None]
+            if again:
+                told.append(
+                    f"{name}: {_counted(again)} in S3 are packed anew and uploaded, as RecordIO files hold the images; "
+                    "data_format=manifest leaves them where they lie"
+                )
             _write(data.take(full), target, "recordio")
             (target / "train.idx").unlink()
             (target / "classes.txt").unlink()
             staged.append(Staged(name=name, bundle=Bundle.of(target), content_type=_RECORDIO))
         elif data_format == "json":
             _write(data, target, "sagemaker-json")
-            staged.append(Staged(name=name, bundle=Bundle.of(target / "train"), content_type=_IMAGE_TYPE))
+            staged.append(_json_images(workspace, name, data, target))
             annotations = Bundle.of(target / "train_annotation")
             staged.append(Staged(name=f"{name}_annotation", bundle=annotations, content_type=_IMAGE_TYPE))
         else:
@@ -145,18 +168,58 @@ def for_builtin(
     return staged, told
 
 
+def _json_images(workspace: Workspace, name: str, data: Dataset, written: Path) -> Staged:
+    """Return the channel of the images that JSON files are about, which call each by its id.
+
+    Where all of them lie below one folder of S3, by their ids, they stay there; else those in S3 are copied over there.
+    """
+    there = {place.removeprefix(_FOLDER): file for place, file in _in_s3(workspace, name).items()}
+    urls = {image_id: str(file.source) for image_id, file in there.items()}
+    folders = {url.removesuffix(image_id) if url.endswith(f"/{image_id}") else "" for image_id, url in urls.items()}
+    if len(there) == len(data) and len(folders) == 1 and all(folders):
+        named = _named(name, folders.pop(), list(there), written)
+        return replace(named, content_type=_IMAGE_TYPE, left=tuple(there.values()))
+    digests = {place.removeprefix(_FOLDER): digest for place, digest in _digests(workspace, name).items()}
+    bundle = Bundle.of(written / "train", digests=digests, origins=urls)
+    return Staged(name=name, bundle=bundle, content_type=_IMAGE_TYPE)
+
+
 def for_jumpstart(workspace: Workspace, folder: Path, but: Collection[str] = ()) -> list[Staged]:
     """Write training and validation images as one: JumpStart divides what it is given, 80 to 20, by itself.
 
-    Channels that are in ``but`` are left out.
+    Channels that are in ``but`` are left out. As it takes one folder, images that lie in S3 are copied over there.
     """
     parts = _parts(workspace, needs_validation=False)
     train, validation = parts["train"], None if "validation" in but else parts.get("validation")
-    data = train if validation is None else merge([train, validation], prefixes=["train", "validation"])
+    if validation is None:
+        data, folders = train, {"train": _FOLDER}
+    else:
+        data = merge([train, validation], prefixes=["train", "validation"])
+        folders = {name: f"{_FOLDER}{name}/" for name in ("train", "validation")}
+    urls, digests = dict[str, str](), dict[str, str]()
+    for name, new in folders.items():
+        files = _in_s3(workspace, name)
+        urls |= {new + place.removeprefix(_FOLDER): str(file.source) for place, file in files.items()}
+        known = _digests(workspace, name)
+        digests |= {new + place.removeprefix(_FOLDER): digest for place, digest in known.items()}
     target = folder / "training"
     _write(data, target, "jumpstart")
     (target / "classes.txt").unlink()  # it would be one more file for a script that is not ours
-    return [Staged(name="training", bundle=Bundle.of(target))]
+    return [Staged(name="training", bundle=Bundle.of(target, digests=digests, origins=urls))]
+
+
+def of_images_in_s3(staged: Sequence[Staged]) -> list[str]:
+    """Return what happens to images that lie in S3 already and do not travel, to be told; nothing where none does."""
+    left = [file for one in staged for file in one.left]
+    copied = [file for one in staged for bundle in one.bundles for file in bundle.files if isinstance(file.source, str)]
+    told = [f"{_counted(left)} stay where they lie in S3: 0 bytes of them are uploaded"] if left else []
+    if copied:
+        told.append(f"{_counted(copied)} are copied within S3, once: 0 bytes of them are uploaded")
+    return told
+
+
+def _counted(images: Sequence[File]) -> str:
+    return f"{len(images)} images ({sum(file.bytes for file in images) / MEGABYTE:.1f} MB)"
 
 
 def _write(data: Dataset, target: Path, format: str, **options: Any) -> None:
@@ -183,18 +246,25 @@ def _plain(data: Dataset) -> Dataset:
 
 def _manifest(workspace: Workspace, name: str, data: Dataset, target: Path, root: str) -> Staged:
     """Write an augmented manifest that names the images where they will lie, or lie already, in S3."""
-    there = _origins(workspace, name)
-    names = [f"images/{image_id}" for image_id in data.image_ids]
-    paths = tuple(there.get(name, path) for name, path in zip(names, data.paths, strict=True))
+    there = _in_s3(workspace, name)
+    found = [there.get(_FOLDER + image_id) for image_id in data.image_ids]
+    paths = tuple(path if file is None else str(file.source) for file, path in zip(found, data.paths, strict=True))
     data = replace(data, paths=paths)
     # The images' place comes of their contents, and the lines name it, so they are written first.
     _write(data, target / "images-first", "manifest", label=_LABEL)
     written = Bundle.of(target / "images-first", digests=_digests(workspace, name)).files
-    images = Bundle(tuple(file for file in written if file.name.startswith("images/")))
+    images = Bundle(tuple(file for file in written if file.name.startswith(_FOLDER)))
     prefix = images.url(root).rstrip("/")
     _write(data, target / "lines", "manifest", label=_LABEL, prefix=prefix)
     lines = Bundle(tuple(file for file in Bundle.of(target / "lines").files if file.name == _LINES))
-    return Staged(name=name, bundle=lines, file=_LINES, images=images, attribute_names=("source-ref", _LABEL))
+    return Staged(
+        name=name,
+        bundle=lines,
+        file=_LINES,
+        images=images,
+        attribute_names=("source-ref", _LABEL),
+        left=tuple(there.values()),
+    )
 
 
 def _digests(workspace: Workspace, channel: str) -> Mapping[str, str]:
@@ -203,8 +273,11 @@ def _digests(workspace: Workspace, channel: str) -> Mapping[str, str]:
     if data is None:
         return {}
     known = zip(data.image_ids, workspace.image_digests(channel), strict=True)
-    return {f"images/{image_id}": digest for image_id, digest in known}
+    return {_FOLDER + image_id: digest for image_id, digest in known}
 
 
-def _origins(workspace: Workspace, channel: str) -> Mapping[str, str]:
-    return {name: url for name, url in workspace.image_origins(channel).items() if url.startswith("s3://")}
+def _in_s3(workspace: Workspace, channel: str) -> dict[str, File]:
+    """Return a channel's images that were read from S3, by their names in it."""
+    urls = {name: url for name, url in workspace.image_origins(channel).items() if url.startswith("s3://")}
+    folder, digests = workspace.channel(channel), _digests(workspace, channel)
+    return {name: File(name, url, digests[name], (folder / name).stat().st_size) for name, url in urls.items()}

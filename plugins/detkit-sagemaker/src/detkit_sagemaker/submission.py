@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,7 +84,7 @@ class Submission:
             *self.concerns,
             *rejected,
             *preflight.machine(self.kind, self.options, instance_type),
-            *preflight.volume(self.options, resources["VolumeSizeInGB"], sum(bundle.bytes for bundle in self.bundles)),
+            *preflight.volume(self.options, resources["VolumeSizeInGB"], sum(one.bytes_on_disk for one in self.staged)),
             *preflight.volume_key(self.options, instance_type),
             *preflight.account(aws, role_arn=self.request["RoleArn"], output=self.root, needs=needs, image_uri=image),
         ]
@@ -122,7 +122,8 @@ def prepare(
         notes.append(f"of max_cost={given.max_cost:g}, {spent:.2f} USD are spent by the run's earlier jobs")
     way = {"ours": _ours, "builtin": _builtin, "jumpstart": _jumpstart}[kind]
     name = name or job_name(workspace.path.name)
-    return way(_Common(aws, workspace, job, folder, options, notes, name, earlier, but))
+    ready = way(_Common(aws, workspace, job, folder, options, notes, name, earlier, but))
+    return replace(ready, notes=[*ready.notes, *channels.of_images_in_s3(ready.staged)])
 
 
 def _left(max_cost: float, spent: float | None) -> float:

@@ -261,6 +261,8 @@ def _operation(environ: Environ, service: str) -> str:
         for (verb, part), operation in _S3_OPERATIONS_BY_QUERY.items():
             if verb == method and part in query:
                 return operation
+        if method == "PUT" and "HTTP_X_AMZ_COPY_SOURCE" in environ:
+            return "CopyObject"
         return _S3_OPERATIONS.get((method, "/" in path.strip("/")), method)
     if environ.get("CONTENT_TYPE", "").startswith("application/x-www-form-urlencoded"):
         return parse_qs(_body(environ).decode()).get("Action", [method])[0]

@@ -1,0 +1,152 @@
+"""Images that lie in S3 already are not uploaded, whichever way trains; where they have to be, the plan says so."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+import detkit
+from detkit import Dataset, Run, Trainer
+from detkit.testing import tiny_dataset
+from detkit_sagemaker import channels
+from detkit_sagemaker.testing import Simulator
+
+pytest.importorskip("s3fs", reason="s3fs is not installed")
+
+OURS: Mapping[str, Any] = {"model": "echo/memory", "epochs": 2}
+BUILTIN: Mapping[str, Any] = {"model": "object-detection", "mini_batch_size": 4, "learning_rate": 0.3, "epochs": 2}
+JUMPSTART: Mapping[str, Any] = {"model": "jumpstart/mxnet-od-ssd-512-resnet50-v1-coco", "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
+    from s3fs import S3FileSystem
+
+    images = {"detkit:latest": [sys.executable, "-m", "detkit_sagemaker.container"]}
+    with (
+        Simulator(images=images, folder=tmp_path_factory.mktemp("aws")) as aws,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("boto3.DEFAULT_SESSION", None)
+        for name, value in aws.environment.items():
+            patch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()  # it remembers another account's address
+        yield aws
+        S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def aws(account: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Simulator:
+    """The account; runs, cache and ledger are the test's own."""
+    for name, place in {"RUNS": "runs", "CACHE": "cache", "LEDGER": "ledger.jsonl"}.items():
+        monkeypatch.setenv(f"DETKIT_{name}", str(tmp_path / place))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_CONFIG_DIRS", str(tmp_path / "etc"))
+    return account
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Dataset:
+    return tiny_dataset(tmp_path / "data")
+
+
+@pytest.fixture
+def place(aws: Simulator, data: Dataset, request: pytest.FixtureRequest) -> str:
+    """The same data in S3, in a folder of the test's own."""
+    place = f"s3://{aws.bucket}/{request.node.name}/shelves"
+    detkit.write_dataset(data, place)
+    return place
+
+
+@pytest.fixture
+def output(aws: Simulator, request: pytest.FixtureRequest) -> str:
+    return f"s3://{aws.bucket}/{request.node.name}/output"
+
+
+def trainer(aws: Simulator, output: str, settings: Mapping[str, Any]) -> Trainer:
+    image = {"image_uri": aws.image("detkit:latest")} if settings["model"] == "echo/memory" else {}
+    return Trainer(backend="sagemaker", role=aws.role, output=output, max_cost=5, **image, **settings)
+
+
+def told(notes: Sequence[str]) -> list[str]:
+    """Return what a plan says of images in S3."""
+    return [note for note in notes if "S3" in note]
+
+
+def images_below(url: str) -> list[str]:
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    pages = boto3.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
+    names = [item["Key"] for page in pages for item in page.get("Contents", ())]
+    return [name for name in names if name.endswith((".jpg", ".png"))]
+
+
+def reported(run: Run) -> list[float]:
+    """Return what the training said of its losses or scores, the same for the same data."""
+    return [value for row in run.history for name, value in sorted(row.items()) if name.split("/")[-1] in REPORTED]
+
+
+REPORTED = ("loss", "train:cross_entropy", "validation:mAP")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [OURS, {**BUILTIN, "data_format": "manifest"}, {**BUILTIN, "data_format": "json"}],
+    ids=["ours", "manifest", "json"],
+)
+def test_images_stay_where_they_lie(
+    settings: Mapping[str, Any], aws: Simulator, data: Dataset, place: str, output: str
+) -> None:
+    trained = trainer(aws, output, settings)
+    plan = trained.plan(place, place)
+    assert told(plan.notes) == ["16 images (0.2 MB) stay where they lie in S3: 0 bytes of them are uploaded"]
+    run, copies = trained.fit(place, place, name="there", quiet=True), aws.calls.count("CopyObject")
+    assert images_below(output) == []
+    same = trained.fit(data, data, name="here", quiet=True)
+    assert reported(run) == reported(same) != []
+    assert len(images_below(output)) == len(data), "as those of this machine travel, once"
+    assert copies == 0
+
+
+@pytest.mark.parametrize("settings", [{**BUILTIN, "data_format": "json"}, JUMPSTART], ids=["json", "jumpstart"])
+def test_images_are_copied_within_s3_where_another_folder_is_needed(
+    settings: Mapping[str, Any], aws: Simulator, data: Dataset, place: str, output: str
+) -> None:
+    """JumpStart takes one folder; and what JSON files call the images may no longer be their names in S3."""
+    there = detkit.read_dataset(place)
+    train, val = (detkit.merge([there.take(part)], prefixes=["here"]) for part in (range(6), range(6, 8)))
+    trained = trainer(aws, output, settings)
+    plan = trained.plan(train, val)
+    assert told(plan.notes) == ["8 images (0.1 MB) are copied within S3, once: 0 bytes of them are uploaded"]
+    assert plan.uploads is not None
+    assert plan.uploads["bytes_there"] == sum(Path(path).stat().st_size for path in data.paths)
+    before = len(aws.calls)
+    assert trained.fit(train, val, name="copied", quiet=True).status == "finished"
+    trained.fit(train, val, name="again", quiet=True)
+    own = aws.calls[before:]
+    assert own.count("CopyObject") == len(images_below(output)) == len(data)
+    assert own.count("PutObject") == plan.uploads["files"] + 2, "the annotations, and each run for other machines"
+
+
+def test_what_is_packed_anew_is_told_with_what_would_leave_it_there(
+    aws: Simulator, data: Dataset, place: str, output: str
+) -> None:
+    plan = trainer(aws, output, BUILTIN).plan(place, place)
+    train, validation = told(plan.notes)
+    assert train.startswith("train: 7 images (0.1 MB) in S3 are packed anew and uploaded")
+    assert validation.startswith("validation: 7 images")
+    assert "data_format=manifest leaves them where they lie" in train
+    assert told(trainer(aws, output, BUILTIN).plan(data, data).notes) == []
+
+
+def test_what_stays_in_s3_counts_for_the_disk() -> None:
+    """A machine copies it, wherever it lies; what is streamed takes no room."""
+    large = channels.File("a.jpg", "s3://b/a.jpg", "0" * 64, 40 * 10**9)
+    copied = channels.Staged(name="train", bundle=channels.Bundle(()), left=(large,))
+    assert copied.bytes_on_disk == 40 * 10**9
+    assert replace(copied, attribute_names=("source-ref",)).bytes_on_disk == 0
