@@ -9,22 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import detkit
-from detkit import Dataset, Trainer, open_run
-from detkit.backends import Suggestion
+from detkit import Dataset, Trainer, open_run, plugins
+from detkit.backends import LocalBackend, Suggestion
 from detkit.errors import MissingSettings, RunFailed, Unsupported, UsageError
+from detkit.hookspecs import hookimpl
 from detkit.runs import Run
 from detkit.testing import tiny_dataset
 from detkit_sagemaker.aws import Aws, NoCapacity, QuotaExceeded
 from detkit_sagemaker.backend import SagemakerBackend
 from detkit_sagemaker.options import TransformOptions
 from detkit_sagemaker.rescoring import transform
-from detkit_sagemaker.testing import Simulator
+from detkit_sagemaker.testing import Simulator, hub
 
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/detkit:latest"
 
@@ -117,6 +119,54 @@ def test_nothing_paid_starts_unsaid(simulator: Simulator, data: Dataset) -> None
     again = trainer(simulator).plan(data, data)
     assert again.uploads is not None
     assert again.uploads["bytes"] == 0
+
+
+@pytest.fixture
+def many_losses() -> Iterator[list[str]]:
+    """The parts of the loss of `many/memory`, a model of a plugin of this test."""
+    names = [f"head{number}" for number in range(20)]
+
+    class Guest:
+        @hookimpl
+        def detkit_backends(self) -> list[LocalBackend]:
+            (original,) = plugins.registry().manager.get_plugin("echo").detkit_backends()
+            spec = replace(original.models["memory"], losses=tuple(names))
+            return [replace(original, name="many", models={"memory": spec})]
+
+    plugins.registry.cache_clear()
+    plugins.registry().manager.register(Guest(), name="guest")
+    yield names
+    plugins.registry.cache_clear()
+
+
+def test_of_too_many_metrics_those_that_judge_come_first(
+    simulator: Simulator, data: Dataset, many_losses: list[str]
+) -> None:
+    plan = trainer(simulator, "many/memory", image_uri=IMAGE).plan(data, data)
+    sent = [one["Name"] for one in plan.requests[0][1]["AlgorithmSpecification"]["MetricDefinitions"]]
+    scores = [f"{of}/{name}" for of in ("val", "test") for name in ("AP", "AP50", "AP75", "mask_AP", "mask_AP50")]
+    of_validation = [f"val/loss_{name}" for name in many_losses]
+    assert sent[:32] == [*scores, "val/loss", "train/loss", *of_validation]
+    assert len(sent) == 40
+    (note,) = (note for note in plan.notes if "metric definitions" in note)
+    left = [*(f"train/{name}" for name in many_losses), "train/learning_rate"][8:]
+    told = f"CloudWatch does not get {', '.join(left)}; the run has them"
+    assert note == f"AWS takes 40 metric definitions, and there are 53: {told}"
+    assert not plan.errors
+    assert not any("metric definitions" in note for note in trainer(simulator).plan(data, data).notes)
+
+
+def test_a_hub_that_lists_too_many_metrics_is_no_obstacle(
+    simulator: Simulator, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "mxnet-od-ssd-512-resnet50-v1-coco"
+    document = json.loads(hub.documents()[name])
+    document["TrainingMetrics"] += [{"Name": f"m{number}", "Regex": f"m{number}=(.*)"} for number in range(40)]
+    monkeypatch.setitem(hub.documents(), name, json.dumps(document))
+    plan = trainer(simulator, f"jumpstart/{name}").plan(data, data)
+    assert len(plan.requests[0][1]["AlgorithmSpecification"]["MetricDefinitions"]) == 40
+    assert any("there are 41: CloudWatch does not get m39; the run has them" in note for note in plan.notes)
+    assert not plan.errors
 
 
 def test_it_is_never_chosen_unasked(monkeypatch: pytest.MonkeyPatch) -> None:

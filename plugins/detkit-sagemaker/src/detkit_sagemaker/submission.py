@@ -14,6 +14,7 @@ from detkit.backends import SeveralOptions
 from detkit.errors import MissingSettings, Unsupported, UsageError
 from detkit.events import pattern
 from detkit.job import Job, Model, Workspace
+from detkit.loop import HEADLINES
 from detkit.plans import Concern
 from detkit_sagemaker import builtin, channels, preflight, pricing
 from detkit_sagemaker.artifacts import place_of
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from detkit_sagemaker.runs import RemoteJob
 
 Kind = Literal["ours", "builtin", "jumpstart"]
-
-_METRICS = ("val/AP", "val/AP50", "val/AP75", "val/loss", "train/loss", "train/learning_rate", "test/AP", "test/AP50")
-"""Of every engine; what its losses consist of comes from `detkit.backends.ModelSpec.losses`."""
 
 _MOST_METRICS = 40
 """Definitions that a request may have (API reference, AlgorithmSpecification)."""
@@ -157,10 +155,21 @@ class _Common:
         return root_of(self.aws, self.options)
 
     def request(
-        self, *, image: str, instance_type: str, entries: list[Channel], **more: Any
+        self,
+        *,
+        image: str,
+        instance_type: str,
+        entries: list[Channel],
+        metrics: Mapping[str, str] | None = None,
+        **more: Any,
     ) -> tuple[Request, Estimate]:
-        """Build the request; what may be spent ends the job."""
-        options = self.options
+        """Build the request; what may be spent ends the job. Of ``metrics`` the first count where they are too many."""
+        options, names = self.options, list(metrics or ())
+        if left := names[_MOST_METRICS:]:
+            self.notes.append(
+                f"AWS takes {_MOST_METRICS} metric definitions, and there are {len(names)}: CloudWatch does not get "
+                f"{', '.join(left)}; the run has them"
+            )
         use: dict[str, Any] = {"instance_type": instance_type, "region": self.aws.region, "use": "training"}
         if options.max_cost is not None:
             within = pricing.runtime_within(options.max_cost, instance_count=options.instance_count, **use)
@@ -175,6 +184,7 @@ class _Common:
             channels=entries,
             options=options,
             instance_type=instance_type,
+            metrics={name: metrics[name] for name in names[:_MOST_METRICS]} if metrics else None,
             tags={"detkit:run": self.workspace.path.name, "detkit:owner": owner(self.aws), **more.pop("tags", {})},
             **more,
         )
@@ -208,14 +218,11 @@ def _ours(given: _Common) -> Submission:
             versions=plugins.versions(backend.name),
         )
         staged = [*channels.for_our_container(given.workspace, job, given.folder, given.but), *weights]
-    losses = backend.models[model].losses
-    parts = [*(f"train/{name}" for name in losses), *(f"val/{_validation(name)}" for name in losses)]
-    metrics = {name: pattern(name) for name in [*_METRICS, *parts][:_MOST_METRICS]}
     request, estimate = given.request(
         image=given.options.image_uri,
         instance_type=given.options.instance_type or TRAINING_INSTANCE,
         entries=[one.channel(given.root) for one in staged],
-        metrics=metrics,
+        metrics={name: pattern(name) for name in _printed(backend.models[model].losses)},
         checkpoints=f"{given.root}/checkpoints/{given.name}",
     )
     if earlier is not None:
@@ -235,6 +242,16 @@ def _ours(given: _Common) -> Submission:
         estimate=estimate,
         notes=given.notes,
     )
+
+
+def _printed(losses: Sequence[str]) -> list[str]:
+    """Return what our container prints of a model's training, first that by which a run is judged.
+
+    ``losses`` are the parts of its loss.
+    """
+    scores = [f"{of}/{name}" for of in ("val", "test") for name in HEADLINES]
+    parts = [*(f"val/{_validation(name)}" for name in losses), *(f"train/{name}" for name in losses)]
+    return [*scores, "val/loss", "train/loss", *parts, "train/learning_rate"]
 
 
 def _validation(loss: str) -> str:
