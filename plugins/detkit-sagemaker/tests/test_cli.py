@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import boto3
 import pytest
+from botocore.config import Config
 from PIL import Image
 
 from detkit import Dataset, Sample, write_dataset
+from detkit.testing import tiny_dataset
 from detkit_sagemaker.aws import Aws
 from detkit_sagemaker.building import build_there
 from detkit_sagemaker.cli import app
 from detkit_sagemaker.container.build import plan
 from detkit_sagemaker.ledger import Ledger
 from detkit_sagemaker.policies import Policies, apply
-from detkit_sagemaker.testing import Simulator
+from detkit_sagemaker.testing import Faults, Simulator
+from detkit_sagemaker.testing.faults import WORDS
 
 if TYPE_CHECKING:
     from conftest import Trained
@@ -257,9 +261,11 @@ def test_docker_is_run_as_it_is_said(
     assert "--codebuild" in typed.err
 
 
-def test_local_serves_an_account_until_ctrl_c(tmp_path: Path) -> None:
-    script = "from detkit_sagemaker.cli import app; app(['local', '--port', '0', '--folder', 'aws'])"
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+@contextlib.contextmanager
+def local(folder: Path, *words: str) -> Iterator[dict[str, str]]:
+    """Yield the variables that ``detkit sagemaker local`` prints, and end it with Ctrl-C."""
+    command = [sys.executable, "-m", "detkit.cli", "sagemaker", "local", "--port", "0", "--folder", "aws", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
         assert process.stdout is not None
         exported: dict[str, str] = {}
         for line in process.stdout:
@@ -267,16 +273,83 @@ def test_local_serves_an_account_until_ctrl_c(tmp_path: Path) -> None:
                 break
             name, _, value = line.removeprefix("export ").strip().partition("=")
             exported[name] = value.strip("'")
-        client = boto3.client(
-            "ecr",
-            endpoint_url=exported["AWS_ENDPOINT_URL"],
-            region_name=exported["AWS_REGION"],
-            aws_access_key_id=exported["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=exported["AWS_SECRET_ACCESS_KEY"],
-        )
-        assert [one["repositoryName"] for one in client.describe_repositories()["repositories"]] == ["detkit"]
-        process.send_signal(signal.SIGINT)
+        try:
+            yield exported
+        finally:
+            process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
+
+
+def client_there(exported: Mapping[str, str], service: str) -> Any:
+    """Return a client of an account, which tries nothing twice."""
+    return boto3.client(
+        service,
+        endpoint_url=exported["AWS_ENDPOINT_URL"],
+        region_name=exported["AWS_REGION"],
+        aws_access_key_id=exported["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=exported["AWS_SECRET_ACCESS_KEY"],
+        config=Config(retries={"total_max_attempts": 1}),
+    )
+
+
+def test_local_serves_an_account_until_ctrl_c(tmp_path: Path) -> None:
+    with local(tmp_path) as exported:
+        repositories = client_there(exported, "ecr").describe_repositories()["repositories"]
+        assert [one["repositoryName"] for one in repositories] == ["detkit"]
+
+
+def test_local_lets_go_wrong_what_is_asked_for(tmp_path: Path) -> None:
+    """A client of boto3's is refused and throttled, and a training that detkit starts there finds no machine."""
+    refused = "refuse=ListModels:ResourceLimitExceeded"
+    with local(tmp_path, "--fault", "throttle=3", "--fault", refused) as exported:
+        client = client_there(exported, "sagemaker")
+        with pytest.raises(client.exceptions.ClientError, match="ResourceLimitExceeded"):
+            client.list_models()
+        for _ in range(2):
+            client.list_models()
+        with pytest.raises(client.exceptions.ClientError, match="ThrottlingException"):
+            client.list_models()
+    write_dataset(tiny_dataset(tmp_path / "data"), tmp_path / "coco")
+    with local(tmp_path, "--fault", "capacity") as exported:
+        image = "123456789012.dkr.ecr.us-east-1.amazonaws.com/detkit:latest"
+        words = ["coco", "--backend", "sagemaker", "--model", "echo/memory", "--yes", "epochs=1"]
+        words += ["--role", "detkit-simulator", "--image-uri", image]
+        places = {f"DETKIT_{name}": str(tmp_path / name) for name in ("RUNS", "CACHE", "LEDGER")}
+        done = subprocess.run(
+            [sys.executable, "-m", "detkit.cli", "train", *words],
+            env={**os.environ, **exported, **places},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 3, done.stderr
+    assert "CapacityError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("trottle=3", "no fault 'trottle'; did you mean 'throttle'?"),
+        ("throttle=0", "expected throttle or throttle=3"),
+        ("refuse=CreateEndpoint", "expected refuse=CreateEndpoint:ResourceLimitExceeded"),
+        ("quota=3", "expected quota=ml.g4dn.xlarge for training job usage:0"),
+        ("slow=soon", "expected slow=0.5"),
+        ("expire-tokens=1", "expected expire-tokens"),
+    ],
+)
+def test_a_fault_that_nobody_knows_is_refused(fault: str, told: str, typed: Typed) -> None:
+    assert typed("local", "--port", "0", "--fault", fault) == 2
+    assert told in typed.err
+
+
+def test_every_fault_is_one_that_its_own_example_names(typed: Typed) -> None:
+    for word, (example, _, _) in WORDS.items():
+        for text in example.split(" or "):
+            assert text.partition("=")[0] == word
+            Faults().cause(text)
+    assert typed("local", "--help") == 0
+    assert [word for word in WORDS if word not in typed.out] == []
 
 
 def test_nothing_of_aws_s_is_imported_by_the_commands() -> None:

@@ -88,10 +88,18 @@ def local(
     folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the containers' /opt/ml folders; without it, temporary.")
     ] = None,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FAULT", help="What goes wrong there, such as `throttle=3`; may be repeated."),
+    ] = None,
 ) -> None:
     """Run a simulated AWS account on this machine until Ctrl-C: jobs really run, and nothing costs.
 
     It prints the lines that lead another shell to it. `detkit:latest` in it is our container, as installed here.
+
+    Faults, as they are typed: `throttle=3` (every third call), `refuse=OPERATION:CODE` (once), `quota=NAME:NUMBER`,
+    `capacity=TIMES`, `interrupt-spot`, `fail-upload=TIMES`, `expire-tokens`, `slow=SECONDS` (of every state),
+    `late-objectives=SECONDS`.
     """
     from detkit.errors import UsageError
 
@@ -106,7 +114,7 @@ def local(
             raise UsageError(f'--image {given!r}: expected NAME=COMMAND, e.g. mine:latest="python -m mine"')
         images[name] = shlex.split(command)
     try:
-        serve_forever(port, images, folder)
+        serve_forever(port, images, folder, fault or [])
     except ModuleNotFoundError as error:
         raise UsageError(f"{error}; the simulator needs: pip install 'detkit-sagemaker[testing]'") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
+from detkit.errors import UsageError
 from detkit_sagemaker.testing.simulator import serve_forever
 
 
@@ -20,6 +21,13 @@ def main() -> None:
         metavar="NAME=COMMAND",
         help='a container and the command that stands for it, e.g. mine:latest="python -m mine"; may be repeated',
     )
+    parser.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="FAULT[=VALUE]",
+        help="something that goes wrong there, e.g. throttle=3; may be repeated",
+    )
     arguments = parser.parse_args()
     images = {}
     for image in arguments.image:
@@ -27,7 +35,10 @@ def main() -> None:
         if not (name and equals and command):
             parser.error(f'--image {image}: expected NAME=COMMAND, e.g. mine:latest="python -m mine"')
         images[name] = shlex.split(command)
-    serve_forever(arguments.port, images, arguments.folder)
+    try:
+        serve_forever(arguments.port, images, arguments.folder, arguments.fault)
+    except UsageError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

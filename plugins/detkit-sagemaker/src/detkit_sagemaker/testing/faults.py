@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from detkit.errors import InvalidValue, UnknownName
 from detkit_sagemaker.testing.refusals import Refused
 
 
@@ -115,6 +117,20 @@ class Faults:
         with self._lock:
             self._quotas[name] = value
 
+    def cause(self, text: str) -> None:
+        """Let a fault happen that is one of `WORDS`, with what it takes behind ``=``, such as ``throttle=3``.
+
+        Raises `UnknownName` and `InvalidValue`.
+        """
+        word, _, value = text.partition("=")
+        if word not in WORDS:
+            raise UnknownName("fault", word, WORDS)
+        example, pattern, begin = WORDS[word]
+        found = re.fullmatch(pattern, value)
+        if found is None:
+            raise InvalidValue("fault", text, f"expected {example}")
+        begin(self, *found.groups())
+
     # What the simulator asks.
 
     def gate(self, service: str, operation: str) -> None:
@@ -170,3 +186,23 @@ class Faults:
         """Return the value of a service quota."""
         with self._lock:
             return self._quotas.get(name, default)
+
+
+_TIMES, _SECONDS = r"([1-9]\d*)?", r"(\d+(?:\.\d+)?)"
+
+WORDS: Mapping[str, tuple[str, str, Callable[..., None]]] = {
+    "throttle": ("throttle or throttle=3", _TIMES, lambda faults, every: faults.throttle(int(every or 2))),
+    "refuse": ("refuse=CreateEndpoint:ResourceLimitExceeded", r"([A-Za-z0-9]+):(\w+)", Faults.refuse),
+    "expire-tokens": ("expire-tokens", "", Faults.expire_tokens),
+    "capacity": ("capacity or capacity=3", _TIMES, lambda faults, times: faults.capacity(int(times or 1))),
+    "slow": ("slow=0.5", _SECONDS, lambda faults, seconds: faults.slow(float(seconds))),
+    "late-objectives": ("late-objectives=5", _SECONDS, lambda faults, seconds: faults.late_objectives(float(seconds))),
+    "interrupt-spot": ("interrupt-spot or interrupt-spot=JOB", r"([\w-]+)?", Faults.interrupt_spot),
+    "fail-upload": ("fail-upload or fail-upload=3", _TIMES, lambda faults, times: faults.fail_upload(int(times or 1))),
+    "quota": (
+        "quota=ml.g4dn.xlarge for training job usage:0",
+        r"(.+):(\d+)",
+        lambda faults, name, value: faults.quota(name, float(value)),
+    ),
+}
+"""Faults as they are typed: an example of each, what its value is matched by, and the method that begins it."""

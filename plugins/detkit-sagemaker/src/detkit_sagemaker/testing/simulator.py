@@ -233,19 +233,28 @@ class Simulator:
 
 
 def serve_forever(
-    port: int = 4566, images: Mapping[str, Sequence[str]] | None = None, folder: Path | str | None = None
+    port: int = 4566,
+    images: Mapping[str, Sequence[str]] | None = None,
+    folder: Path | str | None = None,
+    faults: Sequence[str] = (),
 ) -> None:
     """Serve an account until Ctrl-C or SIGTERM, after the lines to type into another shell were printed.
 
-    What the containers had is kept in ``folder``, where one is given.
+    What the containers had is kept in ``folder``, where one is given. ``faults`` happen from the beginning, see
+    `Faults.cause`, which raises what this does.
     """
+    account = Simulator(images=images, port=port, folder=folder, keep=folder is not None)
+    for fault in faults:
+        account.faults.cause(fault)
     if threading.current_thread() is threading.main_thread():
         for ending in ("SIGTERM", "SIGHUP"):
             if hasattr(signal, ending):
                 signal.signal(getattr(signal, ending), signal.default_int_handler)
-    with Simulator(images=images, port=port, folder=folder, keep=folder is not None) as aws:
+    with account as aws:
         for line in exports(aws):
             print(line)
+        if faults:
+            print(f"# faults: {', '.join(faults)}")
         print(f"# role {aws.role}, bucket {aws.bucket}; Ctrl-C ends it and everything that runs in it", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
