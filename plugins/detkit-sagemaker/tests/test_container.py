@@ -590,3 +590,38 @@ def test_the_command_line(arguments: list[str], code: int, told: str, tmp_path: 
     )  # fmt: skip
     assert done.returncode == code
     assert told in done.stdout + done.stderr
+
+
+def plugin_with_framework(site: Path, framework: str) -> None:
+    """Lay out a plugin as it lies when it is installed; its backend needs a framework that nothing has imported yet."""
+    (site / "deep_framework.py").write_text(framework)
+    (site / "deep_plugin.py").write_text(
+        "from dataclasses import replace\n"
+        "import detkit_echo\n"
+        "from detkit.hookspecs import hookimpl\n"
+        "@hookimpl\n"
+        "def detkit_backends():\n"
+        "    (echo,) = detkit_echo.detkit_backends()\n"
+        "    return [replace(echo, name='deep', requires=('deep_framework',))]\n"
+    )
+    info = site / "deep_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: deep-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[detkit]\ndeep = deep_plugin\n")
+
+
+@pytest.mark.parametrize(("framework", "code", "told"), [
+    ("__version__ = '4.2'", 0, "deep: detkit_echo.engine:EchoEngine, deep_framework 4.2 can be imported"),
+    ("raise OSError('libquadmath.so.0: cannot open shared object file')", 3,
+     "cannot run the engine of backend 'deep': OSError: libquadmath.so.0: cannot open shared object file"),
+])  # fmt: skip
+def test_an_image_whose_framework_does_not_load_is_not_built(
+    framework: str, code: int, told: str, tmp_path: Path
+) -> None:
+    """The module is found, and its engine imports it only when it trains."""
+    plugin_with_framework(tmp_path, framework)
+    variables = environment(tmp_path)
+    variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path), variables["PYTHONPATH"]])
+    done = subprocess.run([*command("check"), "deep"], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert told in done.stdout + done.stderr

@@ -7,11 +7,12 @@ import traceback
 from collections.abc import Sequence
 
 from detkit import plugins
-from detkit.backends import Backend, LocalBackend, load_engine
+from detkit.backends import LocalBackend
+from detkit.environments import prove
 from detkit.errors import DetkitError, PluginError, UnknownName, UsageError
 
 
-def find(name: str, engine: str) -> Backend:
+def find(name: str, engine: str) -> LocalBackend:
     """Return the backend of a job or a model, which names its ``engine``, too; nothing is imported by that name.
 
     Raises `PluginError` where the image lacks it or what its engine needs, `UsageError` where its engine is another.
@@ -37,14 +38,19 @@ def find(name: str, engine: str) -> Backend:
 
 
 def check(names: Sequence[str]) -> int:
-    """Import the engine of each backend, when an image is built; returns an exit code and says what is wrong."""
+    """Import the engine of each backend, and the framework that it needs, when an image is built.
+
+    An engine may import its framework only when it trains, and a framework that lies there may lack a library of the
+    system. Returns an exit code, and says what is wrong.
+    """
     failed = 0
     for name in names:
         try:
             backend = plugins.backend(name)
-            engine = backend.engine if isinstance(backend, LocalBackend) else ""
-            load_engine(find(name, engine).engine)  # type: ignore[attr-defined]  # `find` returns no others
-            print(f"{name}: {engine} can be imported")
+            found = find(name, backend.engine if isinstance(backend, LocalBackend) else "")
+            versions = prove(sys.executable, found).versions
+            told = ", ".join([found.engine, *(" ".join(filter(None, one)) for one in versions.items())])
+            print(f"{name}: {told} can be imported")
         except DetkitError as error:
             print(f"{name}: {error}", file=sys.stderr)
             failed += 1
