@@ -184,10 +184,14 @@ def _json_images(workspace: Workspace, name: str, data: Dataset, written: Path) 
     return Staged(name=name, bundle=bundle, content_type=_IMAGE_TYPE)
 
 
-def for_jumpstart(workspace: Workspace, folder: Path, but: Collection[str] = ()) -> list[Staged]:
+def for_jumpstart(
+    workspace: Workspace, folder: Path, but: Collection[str] = ()
+) -> tuple[list[Staged], tuple[str, ...]]:
     """Write training and validation images as one: JumpStart divides what it is given, 80 to 20, by itself.
 
-    Channels that are in ``but`` are left out. As it takes one folder, images that lie in S3 are copied over there.
+    Returns the classes, too, in the order of their numbers: those that occur, as the form has no place for others, and
+    nothing says whether its scripts count them. Channels that are in ``but`` are left out. As it takes one folder,
+    images that lie in S3 are copied over there.
     """
     parts = _parts(workspace, needs_validation=False)
     train, validation = parts["train"], None if "validation" in but else parts.get("validation")
@@ -196,6 +200,7 @@ def for_jumpstart(workspace: Workspace, folder: Path, but: Collection[str] = ())
     else:
         data = merge([train, validation], prefixes=["train", "validation"])
         folders = {name: f"{_FOLDER}{name}/" for name in ("train", "validation")}
+    data = data.with_classes([name for name, count in data.boxes_per_class().items() if count])
     urls, digests = dict[str, str](), dict[str, str]()
     for name, new in folders.items():
         files = _in_s3(workspace, name)
@@ -205,7 +210,7 @@ def for_jumpstart(workspace: Workspace, folder: Path, but: Collection[str] = ())
     target = folder / "training"
     _write(data, target, "jumpstart")
     (target / "classes.txt").unlink()  # it would be one more file for a script that is not ours
-    return [Staged(name="training", bundle=Bundle.of(target, digests=digests, origins=urls))]
+    return [Staged(name="training", bundle=Bundle.of(target, digests=digests, origins=urls))], data.classes
 
 
 def of_images_in_s3(staged: Sequence[Staged]) -> list[str]:

@@ -254,22 +254,27 @@ def incremental(
     theirs, ours = str(parent_native.get("base_network", params.base_network)), params.base_network
     if theirs != ours:
         found.append(_error(f"the earlier model has base_network={theirs}, and this one {ours}; write the same one"))
+    return [*found, *same_classes("the built-in algorithm", classes, parent_classes)]
+
+
+def same_classes(who: str, classes: Iterable[str], parent_classes: Iterable[str]) -> list[Concern]:
+    """Return why an algorithm that has numbers for classes, and no names, cannot go on from an earlier model."""
     before, now = list(parent_classes), list(classes)
     if len(before) != len(now):
-        found.append(
+        return [
             _error(
                 f"the earlier model has {len(before)} classes ({', '.join(before)}), and the data {len(now)} "
-                f"({', '.join(now)}); the built-in algorithm goes on only with as many"
+                f"({', '.join(now)}); {who} goes on only with as many"
             )
-        )
-    elif before != now:
-        found.append(
+        ]
+    if before != now:
+        return [
             _error(
                 f"the earlier model has the classes {', '.join(before)}, and the data {', '.join(now)}, and what the "
                 "model knows is by their order; name and order them the same"
             )
-        )
-    return found
+        ]
+    return []
 
 
 def _settings(params: BuiltinParams, parts: Mapping[str, Dataset], samples: int) -> list[Concern]:

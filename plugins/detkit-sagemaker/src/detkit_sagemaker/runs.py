@@ -54,7 +54,8 @@ class RemoteJob(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, str] = {}
     """Expressions by metric, for the lines of images that are not ours."""
     hosting: dict[str, Any] = {}
-    """What answers with the model at AWS: ``image``, ``environment``; only for images that are not ours."""
+    """What answers with the model at AWS: ``image``, ``environment``, and for JumpStart ``version`` and ``classes``, by
+    their numbers there; only for images that are not ours."""
     price_per_hour: float | None = None
     """US dollars for all machines, estimated."""
     staged: bool = False
@@ -307,12 +308,13 @@ class SagemakerRun(Run):
             version=remote.hosting.get("version", ""),
             training_job=remote.name,
         )
+        classes = list(remote.hosting.get("classes") or self.job.classes)
         finals = {m["MetricName"]: float(m["Value"]) for m in answer.get("FinalMetricDataList", [])}
         fetch_theirs(
             self.aws,
             place,
             self.workspace,
-            job=self.job,
+            job=msgspec.structs.replace(self.job, classes=classes),
             hyperparameters=remote.request.get("HyperParameters", {}),
             metrics={f"{FOREIGN}{name}": value for name, value in finals.items()},
             started=remote.created,

@@ -330,7 +330,9 @@ def _jumpstart(given: _Common) -> Submission:
     instance_type = hub.training_instance(given.options.instance_type)
     isolated = given.options.network_isolation
     isolated = hub.training_enable_network_isolation if isolated is None else isolated
-    staged = channels.for_jumpstart(given.workspace, given.folder, given.but)
+    staged, classes = channels.for_jumpstart(given.workspace, given.folder, given.but)
+    if unknown := [name for name in given.job.classes if name not in classes]:
+        given.notes.append(f"no image that is sent has a box of {', '.join(unknown)}, so the model will not know it")
     parent = _parent(given.workspace)
     (training,) = [one.channel(given.root) for one in staged]
     request, estimate = given.request(
@@ -362,11 +364,13 @@ def _jumpstart(given: _Common) -> Submission:
         staged=staged,
         estimate=estimate,
         notes=[*given.notes, split],
+        concerns=[] if parent is None else preflight.same_classes("JumpStart", classes, parent.classes),
         metrics=hub.metrics,
         hosting={
             "image": hub.hosting_image(host),
             "environment": hub.hosting_environment(),
             "version": hub.version,
+            "classes": classes,
         },
         hub=hub,
     )
