@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import detkit
 from detkit import Dataset, Run, Trainer
 from detkit.testing import tiny_dataset
-from detkit_sagemaker import channels
+from detkit_sagemaker import preflight
 from detkit_sagemaker.testing import Simulator
 
 pytest.importorskip("s3fs", reason="s3fs is not installed")
@@ -144,9 +143,18 @@ def test_what_is_packed_anew_is_told_with_what_would_leave_it_there(
     assert told(trainer(aws, output, BUILTIN).plan(data, data).notes) == []
 
 
-def test_what_stays_in_s3_counts_for_the_disk() -> None:
-    """A machine copies it, wherever it lies; what is streamed takes no room."""
-    large = channels.File("a.jpg", "s3://b/a.jpg", "0" * 64, 40 * 10**9)
-    copied = channels.Staged(name="train", bundle=channels.Bundle(()), left=(large,))
-    assert copied.bytes_on_disk == 40 * 10**9
-    assert replace(copied, attribute_names=("source-ref",)).bytes_on_disk == 0
+def test_what_stays_in_s3_counts_for_the_disk(
+    aws: Simulator, data: Dataset, place: str, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine copies it wherever it lies, and whatever the input mode; what is streamed takes no room."""
+    monkeypatch.setattr(preflight, "_SHARE_OF_DISK", 100_000 / 30e9)  # the annotations fit, the images do not
+
+    def errors(source: Any, settings: Mapping[str, Any], **more: Any) -> list[str]:
+        plan = trainer(aws, output, {**settings, **more}).plan(source, source)
+        return [str(error).partition("; ")[2] for error in plan.errors if "do not fit" in str(error)]
+
+    assert errors(place, OURS) == errors(place, OURS, input_mode="fastfile") == ["give more"]
+    assert errors(data, OURS) == ["give more, or input_mode=fastfile"]
+    assert errors(data, OURS, input_mode="fastfile") == []
+    assert errors(place, BUILTIN, data_format="json") == ["give more"]
+    assert errors(place, BUILTIN, data_format="manifest") == errors(data, BUILTIN, data_format="manifest") == []

@@ -191,14 +191,20 @@ def builtin_hosting(instance_type: str) -> list[Concern]:
     return [_warning(f"AWS names {named} for the built-in algorithm's answers, and not {family}; it may not run there")]
 
 
-def volume(options: SagemakerOptions, gigabytes: int, data_bytes: int) -> list[Concern]:
-    """Return whether the data that is copied to a machine is too much for its disk. Asks nobody."""
-    if options.input_mode != "file" or data_bytes < _SHARE_OF_DISK * gigabytes * 1e9:
+def volume(options: SagemakerOptions, gigabytes: int, data_bytes: int, always_bytes: int = 0) -> list[Concern]:
+    """Return whether the data that is copied to a machine is too much for its disk. Asks nobody.
+
+    ``always_bytes`` are those of it that are copied whatever ``input_mode`` is.
+    """
+    room = _SHARE_OF_DISK * gigabytes * 1e9
+    copied = data_bytes if options.input_mode == "file" else always_bytes
+    if copied < room:
         return []
+    helps = always_bytes < room
     return [
         _error(
-            f"{data_bytes / 1e9:.0f} GB of data do not fit on volume_size={gigabytes} GB beside the model and its "
-            "checkpoints; give more, or input_mode=fastfile"
+            f"{copied / 1e9:.0f} GB of data do not fit on volume_size={gigabytes} GB beside the model and its "
+            f"checkpoints; give more{', or input_mode=fastfile' if helps else ''}"
         )
     ]
 

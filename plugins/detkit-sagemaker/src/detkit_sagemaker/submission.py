@@ -82,7 +82,12 @@ class Submission:
             *self.concerns,
             *rejected,
             *preflight.machine(self.kind, self.options, instance_type),
-            *preflight.volume(self.options, resources["VolumeSizeInGB"], sum(one.bytes_on_disk for one in self.staged)),
+            *preflight.volume(
+                self.options,
+                resources["VolumeSizeInGB"],
+                sum(one.bytes_on_disk for one in self.staged),
+                sum(one.bytes_on_disk for one in self.staged if one.input_mode == "File"),
+            ),
             *preflight.volume_key(self.options, instance_type),
             *preflight.account(aws, role_arn=self.request["RoleArn"], output=self.root, needs=needs, image_uri=image),
         ]
