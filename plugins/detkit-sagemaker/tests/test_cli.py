@@ -343,11 +343,31 @@ def test_a_fault_that_nobody_knows_is_refused(fault: str, told: str, typed: Type
     assert told in typed.err
 
 
-def test_every_fault_is_one_that_its_own_example_names(typed: Typed) -> None:
-    for word, (example, _, _) in WORDS.items():
-        for text in example.split(" or "):
-            assert text.partition("=")[0] == word
-            Faults().cause(text)
+TYPED: Mapping[str, Callable[[Faults], None]] = {
+    "throttle": lambda faults: faults.throttle(),
+    "throttle=3": lambda faults: faults.throttle(every=3),
+    "refuse=CreateEndpoint:ResourceLimitExceeded": lambda f: f.refuse("CreateEndpoint", "ResourceLimitExceeded"),
+    "expire-tokens": lambda faults: faults.expire_tokens(),
+    "capacity": lambda faults: faults.capacity(),
+    "capacity=3": lambda faults: faults.capacity(3),
+    "slow=0.5": lambda faults: faults.slow(0.5),
+    "late-objectives=5": lambda faults: faults.late_objectives(5),
+    "interrupt-spot": lambda faults: faults.interrupt_spot(),
+    "interrupt-spot=JOB": lambda faults: faults.interrupt_spot("JOB"),
+    "fail-upload": lambda faults: faults.fail_upload(),
+    "fail-upload=3": lambda faults: faults.fail_upload(3),
+    "quota=ml.g4dn.xlarge for training job usage:0": lambda f: f.quota("ml.g4dn.xlarge for training job usage", 0),
+}
+
+
+def test_a_fault_that_is_typed_is_that_of_python(typed: Typed) -> None:
+    for text, begin in TYPED.items():
+        by_word, by_method = Faults(), Faults()
+        by_word.cause(text)
+        begin(by_method)
+        states = [{name: value for name, value in vars(one).items() if name != "_lock"} for one in (by_word, by_method)]
+        assert states[0] == states[1], text
+    assert [text for example, _, _ in WORDS.values() for text in example.split(" or ")] == list(TYPED)
     assert typed("local", "--help") == 0
     assert [word for word in WORDS if word not in typed.out] == []
 
