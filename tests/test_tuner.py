@@ -211,9 +211,20 @@ def test_values_that_run_already_are_waited_for(shapes: Path) -> None:
     space = {"learning_rate": Choice((0.1, 0.3))}
     study = Tuner(trainer, space, trials=8, parallel=3, sampler="random", pruner="none").fit(shapes, quiet=True)
     assert len([trial for trial in study.trials if trial.path is not None]) == len(study.ranking()) == 2
+    told = [trial for trial in study.to_dict()["trials"] if "same_as" in trial]
+    assert len(told) == 6 and {trial["same_as"] for trial in told} == {0, study.ranking()[1].number}
     for trial in study.trials:
         first = study.trials[trial.number if trial.facts.same_as is None else trial.facts.same_as]
         assert (trial.state, trial.values, trial.value) == ("finished", first.values, first.value)
+
+
+def test_all_that_fails_is_not_tried_for_ever_by_who_waited(shapes: Path) -> None:
+    trainer = Trainer(model="echo/memory", epochs=3, learning_rate=1e200)
+    tuner = Tuner(trainer, {"max_detections": Choice((10, 20))}, trials=20, parallel=3, sampler="random", pruner="none")
+    with pytest.raises(RunFailed, match="trials of .* failed and none finished"):
+        tuner.fit(shapes, name="vain", quiet=True)
+    study = open_study("vain")
+    assert 3 <= len([trial for trial in study.trials if trial.state == "failed"]) <= 5
 
 
 def test_values_whose_run_fails_are_tried_by_who_waited(shapes: Path) -> None:
@@ -317,6 +328,12 @@ def test_retrain_on_all_but_the_test_images(shapes: Path) -> None:
     assert manifest.params["learning_rate"] == study.best_trial.values["learning_rate"]
     assert manifest.data["train"]["images"] == 24 and manifest.data["test"]["images"] == 6
     assert "validation" not in manifest.data and "test/AP" in manifest.metrics
+
+
+def test_retrain_with_what_is_to_differ(shapes: Path) -> None:
+    study = Tuner(ECHO, SPACE, trials=2).fit(shapes, quiet=True)
+    run = retrain(study, iterations=5, quiet=True)
+    assert (run.job.params["iterations"], run.job.params["epochs"], run.last_step) == (5, None, 5)
 
 
 def test_retrain_brings_the_modules_of_the_study(shapes: Path) -> None:

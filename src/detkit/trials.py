@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -282,8 +282,10 @@ class Trials:
     def _system_attrs(self, trial: optuna.Trial) -> dict[str, Any]:
         return next(one.system_attrs for one in self._study.frozen_trials() if one.number == trial.number)
 
-    def _begin(self, trial: optuna.Trial, values: dict[str, Scalar]) -> None:
+    def _begin(self, trial: optuna.Trial, values: dict[str, Scalar], seen: Iterable[int] = ()) -> None:
         """Start the run of a trial, unless one with the same values has ended, or runs.
+
+        ``seen`` are the percents at which an earlier run of it reported the metric.
 
         Nothing that may fail comes after the start, so that a trial which did not begin can be begun again. One that
         cannot be paid stays as asked for, until the study goes on with more money.
@@ -310,7 +312,7 @@ class Trials:
             else:
                 self._failed(trial, str(error))
             return
-        self._going.append(_Going(trial, values, run, slot))
+        self._going.append(_Going(trial, values, run, slot, seen=set(seen)))
 
     def _start(self, trial: optuna.Trial, params: Params, values: Mapping[str, Scalar]) -> tuple[Run, int]:
         path = self._study.path / "trials" / f"{trial.number:04d}"
@@ -364,7 +366,7 @@ class Trials:
         is_half = run.status == "finished" and facts.cut and 100 not in course_of(run, self._search.metric)
         if is_half or not (ended or run.goes_on() or getattr(self._backend, "resume", None)):
             self._note(trial, given_up=facts.given_up + (run.cost or 0.0))
-            self._begin(trial, values)
+            self._begin(trial, values, seen=frozen.intermediate_values)
             return
         if not ended and not run.goes_on():
             try:
@@ -388,9 +390,7 @@ class Trials:
         before = len(self._going)
         for going in list(self._going):
             goes_on = going.run.goes_on()
-            for event in _new_events(going):
-                plugins.notify(event, going.run)
-                changed |= self._take(going, event)
+            changed |= self._hear(going)
             if going.lost:
                 self._watcher.said(f"trial {going.trial.number}: {_TAKEN}")
                 going.run.stop()
@@ -416,6 +416,14 @@ class Trials:
             self._begin(twin.trial, twin.values)
             self._twins.remove(twin)  # the first of them, where it waits for another now
             self._changed()
+
+    def _hear(self, going: _Going) -> bool:
+        """Read what a run has told since, also for trackers; says whether it is worth showing."""
+        changed = False
+        for event in _new_events(going):
+            plugins.notify(event, going.run)
+            changed |= self._take(going, event)
+        return changed
 
     def _take(self, going: _Going, event: Event) -> bool:
         """Take up an event; says whether it is worth showing."""
@@ -444,8 +452,7 @@ class Trials:
         try:
             if going.pruned:
                 going.run.stop()
-                for event in _new_events(going):
-                    self._take(going, event)
+                self._hear(going)
             if going.run.cost is not None:
                 self._note(going.trial, cost=going.run.cost)
             was_faster = going.run.status == "finished" and 100 in going.seen
@@ -531,6 +538,8 @@ class Trials:
                 self._note(going.trial, cut=True)
             with contextlib.suppress(DetkitError):
                 going.run.stop()
+            for event in _new_events(going):
+                plugins.notify(event, going.run)
         self._going.clear()
         self._twins.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -407,3 +408,60 @@ def test_money_that_is_spent_ends_detkits_own_search(
     assert "--max-cost N` goes on" in capsys.readouterr().err
     study = tuner.resume(study, max_cost=1, quiet=True)
     assert [trial.state for trial in study.trials] == ["finished"] * 3
+
+
+def test_money_for_too_few_trials(aws: Simulator, data: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trial that cannot be paid has not failed: it is done when there is more."""
+    tuner = Tuner(trainer(aws, epochs=1, max_cost=2, yes=False), SPACE, sampler="random", trials=1, pruner="none")
+    study = tuner.fit(data, data, name="short", quiet=True)
+    for wrong in (math.nan, math.inf, 0.0, -1.0):
+        with pytest.raises(InvalidValue, match="US dollars above 0"):
+            tuner.resume(study, max_cost=wrong)
+    study = tuner.resume(study, trials=4, max_cost=(study.trials[0].facts.cost or 0.0) + 0.05)
+    assert [trial.state for trial in study.trials] == ["finished", "running"]
+    assert re.search(r"is not valid: at least 0\.\d\d.*--max-cost N` goes on", capsys.readouterr().err)
+    study = tuner.resume(study, max_cost=2, quiet=True)
+    assert [trial.state for trial in study.trials] == ["finished"] * 4
+
+
+def test_what_could_not_begin_has_cost_nothing(aws: Simulator, data: Dataset) -> None:
+    aws.faults.refuse("CreateTrainingJob", times=2)
+    tuner = Tuner(trainer(aws, epochs=1, max_cost=2, yes=False), SPACE, sampler="random", trials=3, pruner="none")
+    study = tuner.fit(data, data, name="refused", quiet=True)
+    assert [trial.state for trial in study.trials] == ["failed", "failed", "finished"]
+    assert [trial.facts.max_cost for trial in study.trials] == [None, None, 2]
+    with pytest.raises(UsageError, match="devices=cuda:0: sagemaker has no option device"):
+        Tuner(devices=["cuda:0"]).resume(study, trials=4)
+
+
+def test_a_search_that_was_killed_goes_on_with_its_jobs(aws: Simulator, data: Dataset, tmp_path: Path) -> None:
+    """They have gone on at AWS, and none of them is begun a second time."""
+    detkit.write_dataset(data, tmp_path / "coco")
+    command = [sys.executable, "-m", "detkit.cli", "tune", str(tmp_path / "coco"), str(tmp_path / "coco")]
+    command += ["--backend", "sagemaker", "--model", "echo/memory", "--role", aws.role, "--yes", "--name", "killed"]
+    command += ["--image-uri", aws.image("slow:latest"), "--sampler", "random", "--pruner", "none", "--trials", "2"]
+    command += ["epochs=12", "learning_rate=0.1..0.9:log"]
+
+    def jobs() -> list[str]:
+        named = [request.get("TrainingJobName", "") for name, request in aws.created if name == "CreateTrainingJob"]
+        return [name for name in named if "0000" in name or "0001" in name]
+
+    before = len(jobs())
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: len(jobs()) > before and (tmp_path / "runs/killed/trials/0000/run.json").is_file())
+        process.kill()
+    study = Tuner().resume("killed", quiet=True)
+    assert [trial.state for trial in study.trials] == ["finished"] * 2
+    assert len(jobs()) == before + 2
+
+
+def test_what_was_stopped_halfway_at_aws_does_not_count_as_finished(aws: Simulator, data: Dataset) -> None:
+    """AWS's own image leaves a model when it is stopped; the trial is done anew, and both are paid."""
+    settings = {"mini_batch_size": 4, "epochs": LONG, "max_cost": 2, "yes": False}
+    tuner = Tuner(trainer(aws, "object-detection", **settings), SPACE, sampler="random", trials=1, budget=5)
+    study = tuner.fit(data, data, name="half-done", quiet=True)
+    (trial,) = study.trials
+    assert (trial.state, trial.facts.cut, trial.run.status) == ("running", True, "finished")
+    (trial,) = tuner.resume(study, budget=5, quiet=True).trials
+    assert trial.state == "running" and 0 < trial.facts.given_up < 0.1
+    assert (trial.facts.max_cost or 0.0) == pytest.approx(2 - trial.facts.given_up, abs=0.01)
