@@ -145,7 +145,8 @@ class ModelSpec:
     licence: str = ""
     """Licence of those weights."""
     losses: tuple[str, ...] = ()
-    """What the training loss is the sum of: ``train/<name>`` and, in validation, ``val/loss_<name>``."""
+    """What the training loss is the sum of: ``train/<name>`` and, in validation,
+    `detkit.events.validation_loss` of each."""
     space: Mapping[str, Range] | None = None
     """What a tuner searches unless told; None: around the defaults, see `detkit.spaces.suggested`."""
 

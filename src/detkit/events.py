@@ -43,6 +43,15 @@ def from_line(line: str) -> Event | None:
     return None
 
 
+def validation_loss(part: str) -> str:
+    """Return how a part of the loss, or ``loss`` itself, is called where it is of the validation images.
+
+    >>> validation_loss("classification"), validation_loss("loss_cls"), validation_loss("loss")
+    ('val/loss_classification', 'val/loss_cls', 'val/loss')
+    """
+    return f"val/{part}" if part.startswith("loss") else f"val/loss_{part}"
+
+
 def pattern(name: str) -> str:
     """Return the regular expression that finds a number by its name in such lines, as its only group."""
     return rf"^{_MARK}(?:\S+=\S+; )*{name}={NUMBER};"

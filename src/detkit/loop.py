@@ -23,6 +23,7 @@ import numpy as np
 from detkit.checkpoints import Checkpoints
 from detkit.data import Dataset
 from detkit.errors import NonFiniteLoss, Stopped, UsageError
+from detkit.events import validation_loss
 from detkit.job import Job, WeightsOrigin, Workspace
 from detkit.params import every_steps
 from detkit.ranks import Alone, Ranks
@@ -362,7 +363,7 @@ class TrainingLoop(ABC, Generic[BatchT]):
     def _judge(self, scores: Scores, losses: Mapping[str, float]) -> None:
         """Log the validation scores and losses, and keep the weights where they are the best."""
         metrics, best = (
-            _headlines("val", scores) | {_loss_name(name): value for name, value in losses.items()},
+            _headlines("val", scores) | {validation_loss(name): value for name, value in losses.items()},
             self.best,
         )
         if self._best_metric not in scores:
@@ -394,10 +395,6 @@ class TrainingLoop(ABC, Generic[BatchT]):
 
 def _headlines(prefix: str, scores: Scores) -> dict[str, float]:
     return {f"{prefix}/{n}": scores[n] for n in HEADLINES if n in scores and math.isfinite(scores[n])}
-
-
-def _loss_name(part: str) -> str:
-    return f"val/{part}" if part.startswith("loss") else f"val/loss_{part}"
 
 
 def _one_cycle(step: int, total_steps: int, rise_steps: int) -> float:

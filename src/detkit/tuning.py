@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 
+from detkit.events import validation_loss
 from detkit.spaces import Range
 
 if TYPE_CHECKING:
@@ -99,4 +100,4 @@ class TuningJob(ABC):
 def metrics_of_loops(losses: Mapping[str, Any] | tuple[str, ...] = ()) -> dict[str, Mode]:
     """Return what engines that run on this machine log of validation images, the one to judge by first."""
     scores: dict[str, Mode] = {f"val/{name}": "max" for name in ("AP", "AP50", "AP75", "mask_AP", "mask_AP50")}
-    return {**scores, "val/loss": "min", **{f"val/loss_{name}": "min" for name in losses}}
+    return {**scores, "val/loss": "min", **dict.fromkeys(map(validation_loss, losses), "min")}

@@ -157,6 +157,8 @@ class BackendTests:
         logged = {name for row in jobs.base.history for name in row if name.startswith("train/")}
         declared = {f"train/{name}" for name in plugins.backend(self.backend).spec(self.model).losses}
         assert logged - {"train/loss", "train/learning_rate"} == declared
+        of_validation = {name for row in jobs.base.history for name in row if name.startswith("val/loss")}
+        assert of_validation <= set(plugins.backend(self.backend).tuning_metrics(self.model))
 
     def test_metrics_arrive_while_running(self, jobs: Jobs) -> None:
         stopped = jobs.interrupted("stop")

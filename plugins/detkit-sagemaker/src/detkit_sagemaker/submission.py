@@ -12,7 +12,7 @@ import msgspec
 from detkit import plugins
 from detkit.backends import SeveralOptions
 from detkit.errors import MissingSettings, Unsupported, UsageError
-from detkit.events import pattern
+from detkit.events import pattern, validation_loss
 from detkit.job import Job, Model, Workspace
 from detkit.loop import HEADLINES
 from detkit.plans import Concern
@@ -255,13 +255,8 @@ def _printed(losses: Sequence[str]) -> list[str]:
     ``losses`` are the parts of its loss.
     """
     scores = [f"{of}/{name}" for of in ("val", "test") for name in HEADLINES]
-    parts = [*(f"val/{_validation(name)}" for name in losses), *(f"train/{name}" for name in losses)]
+    parts = [*map(validation_loss, losses), *(f"train/{name}" for name in losses)]
     return [*scores, "val/loss", "train/loss", *parts, "train/learning_rate"]
-
-
-def _validation(loss: str) -> str:
-    """Return what a part of the loss is called in validation, see `detkit.loop`."""
-    return loss if loss.startswith("loss") else f"loss_{loss}"
 
 
 def _starts_from(given: _Common) -> tuple[dict[str, Any], list[Staged]]:
