@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -117,3 +120,23 @@ def test_ctrl_c(cli: Any, shapes: Path, tmp_path: Path) -> None:
     assert "1 running trial(s) stop after their step" in said and "detkit tune --resume" in said
     done = cli("tune", "--resume", "runs/long", "--json", "--quiet", cwd=tmp_path)
     assert [trial["state"] for trial in done.json["trials"]] == ["finished"] * 3
+
+
+def test_the_table_of_a_terminal(shapes: Path, tmp_path: Path) -> None:
+    """It is drawn anew while the search goes on, with how far the running trial is."""
+    controller, terminal = pty.openpty()
+    words = [sys.executable, "-m", "detkit.cli", "tune", str(shapes), *ECHO, RANGE, "--trials", "3", "--name", "live"]
+    words += ["--seconds-per-step", "0.02", "--json"]
+    environment = {**os.environ, "COLUMNS": "160", "LINES": "40", "TERM": "xterm", "NO_COLOR": "1"}
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=terminal, env=environment, cwd=tmp_path) as process:
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # nobody has the other end any more
+            while read := os.read(controller, 4096):
+                shown += read
+    os.close(controller)
+    assert process.returncode == 0
+    told = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "live: 2 of 3 trials" in told and re.search(r"trial +state +val/AP +learning_rate +time", told)
+    assert re.search(r"\b1 +\d+ % +0\.\d+", told), "the running trial has no score yet, and its share of the steps"
+    assert re.search(r"\*0 +finished +[\d.]+ +0\.3 +\d+ s +default", told)
