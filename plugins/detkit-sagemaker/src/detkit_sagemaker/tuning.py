@@ -189,7 +189,10 @@ class SagemakerTuning(TuningJob):
         self._unreachable_since = None
         if answer is None:
             if age > _SETTLED_S:
-                reason = f"AWS knows no tuning job {remote.name}: it was never created, or is long gone"
+                reason = (
+                    f"AWS knows no tuning job {remote.name}: it was never created, or is long gone; remove "
+                    f"{self.workspace.path} and begin again"
+                )
                 self._keep(msgspec.structs.replace(remote, status="Missing", reason=reason))
             return
         said = answer.get("FailureReason", "")
