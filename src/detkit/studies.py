@@ -114,6 +114,11 @@ class Facts(msgspec.Struct, kw_only=True):
     given_up: float = 0.0
     """US dollars that runs of it have cost which came to nothing, and were done anew."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what there is to tell."""
+        usual = msgspec.to_builtins(Facts())
+        return {name: value for name, value in msgspec.to_builtins(self).items() if value != usual[name]}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -152,11 +157,7 @@ class Trial:
             "seconds": self.seconds,
             "values": self.values,
             "run": None if self.path is None else str(self.path),
-            **{
-                name: value
-                for name, value in msgspec.to_builtins(self.facts).items()
-                if value is not None and value is not False and value != "" and name != "run"
-            },
+            **{name: value for name, value in self.facts.to_dict().items() if name != "run"},
         }
 
 
@@ -230,6 +231,13 @@ class Study:
                     f"in {self.path / 'trials'}"
                 ) from None
         return found
+
+    @property
+    def max_cost(self) -> float | None:
+        """US dollars that all trials together may cost, as all agree in who work on it."""
+        agreed = self.optuna_study.user_attrs.get(_IDENTITY, {})
+        most: float | None = agreed.get("max_cost", self.search.max_cost)
+        return most
 
     def found(self, identity: Mapping[str, Any], queue: Callable[[Study], object]) -> None:
         """Make the study in its storage and ``queue`` its first trials; where others have, see that it is the same.

@@ -38,6 +38,8 @@ HELD_BACK = "test"
 
 _POLL_S, _LOOK_S = 0.1, 2.0
 """How often the runs are asked what is new, and the storage where there was nothing to begin."""
+_STOPS = 5
+"""So often a run that was told to end is told so again, each time waiting for its end as long as its place does."""
 _PATIENCE_S = 300.0
 """How long a server may be silent."""
 _GIVEN_UP_AFTER = 3
@@ -102,14 +104,17 @@ class Trials:
         self._order = in_order(self._search.space)
         self._going: list[_Going] = []
         self._twins: list[_Twin] = []
-        self._asked: optuna.Trial | None = None
-        """The trial that was asked for and has not begun yet, as where the server fell silent."""
-        self._no_money = ""
-        """Why no trial can be paid any more."""
+        self._asked: list[optuna.Trial] = []
+        """Trials that were asked for and have not begun: the server fell silent, or there is no money for them."""
+        self._too_little, self._why_too_little = 0.0, "all of the money is spent, or promised to trials"
+        """US dollars that were not enough for a trial, and what was said of them."""
+        self._unpaid = False
+        """Whether a trial that was begun cannot go on, as there is no money for it."""
         self._left: list[optuna.trial.FrozenTrial] = []
         """Trials that a process which is gone had begun."""
         self._waited_for: list[int] = []
-        self._failures: list[str] = []
+        self._failures: dict[int, str] = {}
+        """By the trial's number."""
         self._silent_since: float | None = None
         self._heard_of: set[int] = set()
         """The trials of others that were seen running."""
@@ -148,7 +153,7 @@ class Trials:
                     if len(self._going) < self._search.parallel and self._begin_next():
                         continue
                     look_again = time.monotonic() + _LOOK_S
-                    if not self._going and not self._twins and (self._no_money or not self._others()):
+                    if not self._going and not self._twins and not self._others():
                         self._tell_of_money()
                         study.raise_if_all_failed()
                         return
@@ -156,14 +161,13 @@ class Trials:
 
     def _tell_of_money(self) -> None:
         """Say that more is needed, where it is; raise `RunFailed` where nothing came of what there was."""
-        if not self._no_money:
+        trials = self._study.trials
+        is_wanted = any(trial.state == "waiting" for trial in trials) or len(trials) < self._search.trials
+        if not (is_wanted or self._asked or self._unpaid) or not self._is_short():
             return
-        path = self._study.path
-        said = (
-            f"{self._no_money}. `detkit tune --resume {path} --max-cost N` goes on, N being US dollars for all trials "
-            "together"
-        )
-        if not any(trial.state in {"finished", "pruned"} for trial in self._study.trials):
+        goes_on = f"`detkit tune --resume {self._study.path} --max-cost N` goes on"
+        said = f"{self._why_too_little}. {goes_on}, N being US dollars for all trials together"
+        if not any(trial.state in {"finished", "pruned"} for trial in trials):
             raise RunFailed(said)
         self._watcher.said(said)
 
@@ -188,7 +192,8 @@ class Trials:
         if not self._study.storage.shared:
             return False
         others = [trial for trial in self._study.trials if trial.number not in self._held]
-        running = [trial.number for trial in others if trial.state in {"running", "waiting"}]
+        theirs = {"running"} if self._is_short() else {"running", "waiting"}
+        running = [trial.number for trial in others if trial.state in theirs]
         if running and running != self._waited_for:
             self._watcher.said(f"others do trial {', '.join(map(str, running))}; this process waits for them")
             self._waited_for = running
@@ -202,26 +207,29 @@ class Trials:
             return True
         study = self._study
         if study.storage.shared:
+            for trial in self._held.values():  # after a long silence, before they are taken for lost
+                _beat(study, trial._trial_id)
             self._hear_of_all()
             self._optuna.storages.fail_stale_trials(study.optuna_study)
         states = [one.state.name for one in study.frozen_trials() if not _surplus(one)]
-        if self._has_given_up(states) or self._no_money:
+        if self._has_given_up(states) or self._is_short():
             return False
-        if self._asked is None:
+        if not self._asked:
             if "WAITING" not in states and len(states) >= self._search.trials:
                 return False
-            if self._share() == 0:
-                self._no_money = f"all of max_cost={self._search.max_cost:g} is spent, or promised to trials"
-                return False
-            self._asked = self._ask(len(states))
-        trial = self._asked
+            self._asked.append(self._ask(len(states)))
+        trial = self._asked[0]
+        if self._is_lost(trial):
+            self._asked.remove(trial)
+            return True
         if self._is_surplus(trial):
             self._note(trial, surplus=True, reason="others had begun the last trials")
             self._tell(trial, state=self._optuna.trial.TrialState.FAIL)
-            self._asked = None
+            self._asked.remove(trial)
             return False
-        self._begin(trial, self._choose(trial))
-        self._asked = None
+        if not self._begin(trial, self._choose(trial)):
+            return False
+        self._asked.remove(trial)
         self._changed()
         return True
 
@@ -233,18 +241,33 @@ class Trials:
         self._held[trial.number] = trial
         if study.storage.shared:
             _beat(study, trial._trial_id)
+        of_another = trial.user_attrs.keys() & {"run", "cut", "max_cost", "cost", "given_up"}  # of a run that was lost
+        self._note(trial, **{name: getattr(Facts(), name) for name in of_another})
         return trial
+
+    def _is_lost(self, trial: optuna.Trial) -> bool:
+        """Return whether others do a trial anew, as they had not heard of this process for long; says so."""
+        own = (one for one in self._study.frozen_trials() if one.number == trial.number)
+        if any(one.state.name == "RUNNING" for one in own):
+            return False
+        self._watcher.said(f"trial {trial.number}: {_TAKEN}")
+        self._held.pop(trial.number, None)
+        return True
 
     def _has_given_up(self, states: Sequence[str]) -> bool:
         """Return whether nothing more is to begin, as all has failed so far. Raises `RunFailed` once nothing runs."""
         if len(self._failures) < _GIVEN_UP_AFTER or {"COMPLETE", "PRUNED"} & set(states):
             return False
         if not self._going:
-            raise RunFailed(
-                f"{len(self._failures)} trials of {self._study.path} failed and none finished; the last: "
-                f"{self._failures[-1]}"
-            )
+            *_, last = self._failures.values()
+            count = len(self._failures)
+            raise RunFailed(f"{count} trials of {self._study.path} failed and none finished; the last: {last}")
         return True
+
+    def _is_short(self) -> bool:
+        """Return whether what is left, for now, is too little for a trial."""
+        share = self._share(self._asked[0].number if self._asked else None)
+        return share is not None and share <= self._too_little
 
     def _share(self, of: int | None = None) -> float | None:
         """Return what a trial may cost; None where a search may cost anything."""
@@ -252,7 +275,7 @@ class Trials:
         others = [trial for trial in trials if trial.number != of and trial.state != "waiting"]
         settled = sum(trial.state != "running" or trial.facts.max_cost is not None for trial in others)
         to_come = max(self._search.trials, len(trials)) - settled
-        return share_of_money(self._search.max_cost, self._study.begun(but=of), to_come)
+        return share_of_money(self._study.max_cost, self._study.begun(but=of), to_come)
 
     def _hear_of_all(self) -> None:
         """Beat once for what others began: who is killed before a beat of its own would never be missed."""
@@ -282,37 +305,43 @@ class Trials:
     def _system_attrs(self, trial: optuna.Trial) -> dict[str, Any]:
         return next(one.system_attrs for one in self._study.frozen_trials() if one.number == trial.number)
 
-    def _begin(self, trial: optuna.Trial, values: dict[str, Scalar], seen: Iterable[int] = ()) -> None:
+    def _begin(self, trial: optuna.Trial, values: dict[str, Scalar], seen: Iterable[int] = ()) -> bool:
         """Start the run of a trial, unless one with the same values has ended, or runs.
 
-        ``seen`` are the percents at which an earlier run of it reported the metric.
-
-        Nothing that may fail comes after the start, so that a trial which did not begin can be begun again. One that
-        cannot be paid stays as asked for, until the study goes on with more money.
+        Returns False where it cannot be paid, and stays as asked for. ``seen`` are the percents at which an earlier run
+        of it reported the metric. Nothing that may fail comes after the start, so that what did not begin can be begun
+        again.
         """
         try:
             params = set_fields(self._params, values, kind="parameter")
             if (same := self._twin(trial.number, params)) is not None:
                 if same.state == "running":
                     self._twins.append(_Twin(trial, values, same.number))
-                    return
+                    return True
                 self._note(trial, same_as=same.number, max_cost=None)
                 if same.state == "pruned":
                     trial.report(same.value or 0.0, 100)
                     self._tell(trial, state=self._optuna.trial.TrialState.PRUNED)
                 else:
                     self._tell(trial, same.value)
-                return
+                return True
             run, slot = self._start(trial, params, values)
         except DetkitError as error:
             if not (self._study.path / "trials" / f"{trial.number:04d}" / "run.json").is_file():
-                self._note(trial, max_cost=None)  # nothing was begun, so nothing is paid
-            if isinstance(error, InvalidValue) and error.name == "max_cost":
-                self._no_money = str(error)
-            else:
-                self._failed(trial, str(error))
-            return
+                self._note(trial, max_cost=None, run="")  # nothing was begun, so nothing is paid
+            if self._is_of_money(trial, error):
+                return False
+            self._failed(trial, str(error))
+            return True
         self._going.append(_Going(trial, values, run, slot, seen=set(seen)))
+        return True
+
+    def _is_of_money(self, trial: optuna.Trial, error: DetkitError) -> bool:
+        """Return whether an error says that a trial cannot be paid; nobody tries again before there is more for it."""
+        if not isinstance(error, InvalidValue) or error.name != "max_cost":
+            return False
+        self._too_little, self._why_too_little = self._share(trial.number) or 0.0, str(error)
+        return True
 
     def _start(self, trial: optuna.Trial, params: Params, values: Mapping[str, Scalar]) -> tuple[Run, int]:
         path = self._study.path / "trials" / f"{trial.number:04d}"
@@ -323,13 +352,13 @@ class Trials:
         options = {**self._job.options, **self._share_of(slot)}
         if (most := self._share(trial.number)) is not None:
             if most == 0:
-                raise InvalidValue("max_cost", self._search.max_cost, "more: all is spent, or promised to other trials")
+                raise InvalidValue("max_cost", self._study.max_cost, "more: all is spent, or promised to other trials")
             options["max_cost"] = most
-            self._note(trial, max_cost=most, cost=None, cut=False)
+            self._note(trial, max_cost=most, cost=None)
         job = msgspec.structs.replace(self._job, params=msgspec.to_builtins(params), options=options)
         workspace = Workspace(path)
         workspace.create(job)
-        self._note(trial, run=str(path.relative_to(self._study.path)), host=this_host())
+        self._note(trial, run=str(path.relative_to(self._study.path)), host=this_host(), cut=False)
         place_all(self._study.path / "input/data", path / "input/data", but={"job", HELD_BACK})
         told = ", ".join(f"{name}={value}" for name, value in values.items()) or "the model's defaults"
         workspace.log("log", {"message": f"trial {trial.number} of {self._study.name}: {told}"})
@@ -355,24 +384,30 @@ class Trials:
         values = self._choose(trial)  # again what was chosen then
         path = self._study.path / "trials" / f"{frozen.number:04d}"
         if not (path / "run.json").is_file():
-            self._begin(trial, values)
+            if not self._begin(trial, values):
+                self._asked.append(trial)
             return
-        run = catalog.open_run(path)
-        if self._backend.leashed and run.goes_on():  # it ends with its process, which is gone
-            run.stop()
-        facts = facts_of(frozen)
+        run, facts = catalog.open_run(path), facts_of(frozen)
+        ends = self._backend.leashed or facts.cut  # with its process, which is gone, or it was told to
+        for _ in range(_STOPS if ends else 0):
+            if run.goes_on():
+                run.stop()
         ended = run.status in {"finished", "failed"}
         # Some places count what was stopped halfway as finished, and then nobody can go on with it.
         is_half = run.status == "finished" and facts.cut and 100 not in course_of(run, self._search.metric)
         if is_half or not (ended or run.goes_on() or getattr(self._backend, "resume", None)):
             self._note(trial, given_up=facts.given_up + (run.cost or 0.0))
-            self._begin(trial, values, seen=frozen.intermediate_values)
+            if not self._begin(trial, values, seen=frozen.intermediate_values):
+                self._asked.append(trial)
             return
         if not ended and not run.goes_on():
             try:
-                run = run.resume(leash=True)
+                run = self._resumed(run, trial)
             except DetkitError as error:
-                self._failed(trial, str(error))
+                if self._is_of_money(trial, error):
+                    self._unpaid = True
+                else:
+                    self._failed(trial, str(error))
                 return
         if facts.cut:
             self._note(trial, cut=False)
@@ -380,6 +415,17 @@ class Trials:
         slot = next(number for number in itertools.count() if number not in taken)
         self._going.append(_Going(trial, values, run, slot, seen=set(frozen.intermediate_values)))
         self._changed()
+
+    def _resumed(self, run: Run, trial: optuna.Trial) -> Run:
+        """Let a trial's run go on, with what may be paid for it now."""
+        most = self._share(trial.number)
+        if most is None:
+            return run.resume(leash=True)
+        if most == 0:
+            raise InvalidValue("max_cost", self._study.max_cost, "more: all is spent, or promised to other trials")
+        run = run.resume(leash=True, options={"max_cost": most})
+        self._note(trial, max_cost=most)
+        return run
 
     def _tend(self) -> bool:
         """Read what the runs have told; end those that are behind, and record those that have ended.
@@ -408,12 +454,13 @@ class Trials:
         """Record trials whose twins have ended, or begin them where nothing came of those."""
         if not self._twins:
             return
-        running = {trial.number for trial in self._study.trials if trial.state == "running"}
+        running = {trial.number for trial in self._study.trials if trial.state == "running" and trial.facts.run}
         for twin in [twin for twin in self._twins if twin.of not in running]:
             states = [one.state.name for one in self._study.frozen_trials()]
             if len(self._going) >= self._search.parallel or self._has_given_up(states):
                 return
-            self._begin(twin.trial, twin.values)
+            if not self._is_lost(twin.trial) and not self._begin(twin.trial, twin.values):
+                self._asked.append(twin.trial)
             self._twins.remove(twin)  # the first of them, where it waits for another now
             self._changed()
 
@@ -497,7 +544,7 @@ class Trials:
                 trial.set_user_attr(name, value)
 
     def _failed(self, trial: optuna.Trial, reason: str) -> None:
-        self._failures.append(reason)
+        self._failures[trial.number] = reason
         self._note(trial, reason=reason)
         self._watcher.said(f"trial {trial.number} failed: {reason.splitlines()[0] if reason else 'nobody knows why'}")
         self._tell(trial, state=self._optuna.trial.TrialState.FAIL)
