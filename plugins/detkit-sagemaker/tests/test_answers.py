@@ -46,6 +46,9 @@ def test_jumpstart_s_shares_become_pixels_and_its_labels_our_classes() -> None:
     del answer["labels"]
     assert read("jumpstart", answer).names == ("crack", "dent")
     assert read("jumpstart", {**answer, "labels": ["0", "1", "2"]}).names == ("crack", "dent")
+    digits = Answers(kind="jumpstart", classes=("2", "0", "1"))
+    found = digits.read(json.dumps({**answer, "labels": ["0", "1", "2"]}).encode(), path="a.jpg", width=100, height=100)
+    assert found.names == tuple({"crack": "2", "dent": "0"}[name] for name in ("crack", "dent")), "by their numbers"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 import detkit
 from detkit import Dataset, Run, Trainer
+from detkit.errors import RunFailed
 from detkit.testing import tiny_dataset
 from detkit_sagemaker import preflight
 from detkit_sagemaker.testing import Simulator
@@ -159,3 +160,50 @@ def test_what_stays_in_s3_counts_for_the_disk(
     assert errors(data, OURS, input_mode="fastfile") == []
     assert errors(place, BUILTIN, data_format="json") == ["give more"]
     assert errors(place, BUILTIN, data_format="manifest") == errors(data, BUILTIN, data_format="manifest") == []
+
+
+def test_images_in_another_bucket(aws: Simulator, data: Dataset, output: str) -> None:
+    """The job's role has to be allowed to read it, and AWS reads none of another region."""
+    s3 = boto3.client("s3")
+    s3.create_bucket(Bucket="pictures")
+    s3.create_bucket(Bucket="bilder", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+    detkit.write_dataset(data, "s3://pictures/shelves")
+    detkit.write_dataset(data, "s3://bilder/shelves")
+    trained = trainer(aws, output, OURS)
+    (concern,) = trained.plan("s3://pictures/shelves", "s3://pictures/shelves").concerns
+    assert concern.level == "warning" and "setup --data-bucket pictures --apply" in concern.message
+    other = [one for one in trained.plan("s3://bilder/shelves", "s3://bilder/shelves").concerns if one.level == "error"]
+    assert [one.message for one in other] == [
+        "bucket bilder is in eu-central-1, and the job in us-east-1; both have to be in one region"
+    ]
+    assert trainer(aws, output, JUMPSTART).plan("s3://bilder/shelves").concerns == (), "it copies them"
+
+
+def test_an_image_that_was_changed_in_s3(aws: Simulator, data: Dataset, place: str, output: str) -> None:
+    """It would be other data than the run says, and than was looked at."""
+    there = detkit.read_dataset(place)
+    bucket, _, prefix = place.removeprefix("s3://").partition("/")
+    s3 = boto3.client("s3")
+    keys = [item["Key"] for item in s3.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]]
+    first, second = [key for key in keys if key.endswith((".jpg", ".png"))][:2]
+
+    def change() -> None:
+        s3.copy_object(Bucket=bucket, Key=first, CopySource={"Bucket": bucket, "Key": second})
+
+    aws.faults.crash_before("CreateTrainingJob", change)
+    try:
+        with pytest.raises(RunFailed, match="it is another image than when the run was begun"):
+            trainer(aws, output, OURS).fit(there, there, quiet=True)
+    finally:
+        aws.faults.clear()
+
+
+def test_what_is_written_is_encrypted_with_the_key(aws: Simulator, data: Dataset, output: str) -> None:
+    trainer(aws, output, OURS).fit(data, data, name="secret", kms_key="alias/detkit", quiet=True)
+    bucket, _, prefix = output.removeprefix("s3://").partition("/")
+    s3 = boto3.client("s3")
+    written = [one["Key"] for one in s3.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]]
+    ours = [name for name in written if "/jobs/" not in name and "/checkpoints/" not in name]
+    assert any("/runs/" in name for name in ours)
+    for name in ours:
+        assert s3.head_object(Bucket=bucket, Key=name).get("SSEKMSKeyId", "").endswith("alias/detkit"), name

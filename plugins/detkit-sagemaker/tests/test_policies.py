@@ -64,6 +64,18 @@ def test_what_creates_or_deletes_is_limited_to_names_of_detkit() -> None:
     assert all(re.match(r"\w+:(List|Get|Describe|Search)", action) for action in wide), wide
 
 
+def test_images_may_stay_in_other_buckets_that_are_named() -> None:
+    execution = Policies(account="1", region="r", bucket="b", data_buckets=("pictures",)).execution
+    allowed = {
+        (action, place) for one in execution for action in one["Action"] for place in one["Resource"] if "pict" in place
+    }
+    assert allowed == {
+        ("s3:GetBucketLocation", "arn:aws:s3:::pictures"),
+        ("s3:ListBucket", "arn:aws:s3:::pictures"),
+        ("s3:GetObject", "arn:aws:s3:::pictures/*"),
+    }
+
+
 def test_roles_are_passed_to_their_own_service_alone() -> None:
     passed = [statement for statement in POLICIES.user if statement["Action"] == ["iam:PassRole"]]
     assert {statement["Resource"][0].rpartition("/")[2] for statement in passed} == {

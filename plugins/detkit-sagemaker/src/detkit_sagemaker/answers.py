@@ -136,9 +136,10 @@ class Answers:
         labels = answer.get("labels") or []
         if not isinstance(labels, list):
             raise MalformedAnswer(path, f"labels are no list: {labels!r:.80}")
-        # Where the container knows our names, they count; else it goes by the numbers that it was trained with.
+        # Where the container knows our names, they count; else it goes by the numbers that it was trained with. Digits
+        # are such numbers, also where a class of ours is called by one.
         known = {name: i for i, name in enumerate(self.classes)}
-        if labels and all(str(name) in known for name in labels):
+        if labels and all(str(name) in known and not str(name).isdigit() for name in labels):
             places = [known[str(name)] for name in labels]
             indices = self._indices(numbers, path, len(labels))
             classes = [i if i == NO_OBJECT else places[i] for i in indices]

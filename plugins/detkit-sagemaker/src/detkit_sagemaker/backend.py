@@ -189,7 +189,7 @@ class SagemakerBackend(Backend):
                 for bundle in ready.bundles:
                     bundle.upload(aws, ready.root, ready.options.kms_key)
             _note(workspace, msgspec.structs.replace(remote, created=time.time(), staged=True))
-            recovery.keep(aws, ready.root, workspace, ready.name)
+            recovery.keep(aws, ready.root, workspace, ready.name, ready.options.kms_key)
             workspace.log("log", {"message": f"training job {ready.name} in {aws.region}"})
             Ledger.of(aws).creating("training-job", ready.name)
             begun()

@@ -80,8 +80,8 @@ class BatchJob:
     def name(self) -> str:
         return self.record.name
 
-    def write_record(self) -> None:
-        uploads.put(self.aws, self.output + RECORD, msgspec.json.encode(self.record))
+    def write_record(self, kms_key: str | None = None) -> None:
+        uploads.put(self.aws, self.output + RECORD, msgspec.json.encode(self.record), kms_key)
 
     def wait(self, tell: Tell) -> str:
         """Wait for the end, and return why it failed, empty where it did not. After ``max_runtime`` that is why.

@@ -28,12 +28,17 @@ CONTAINER = "detkit:latest"
 
 @app.command()
 def setup(
+    *,
     show: Annotated[bool, typer.Option("--print", help="Print the permissions; nothing is changed.")] = False,
     apply: Annotated[
         bool, typer.Option("--apply", help="Make the roles and the policy, or bring them up to date.")
     ] = False,
     bucket: Annotated[
         str | None, typer.Option(metavar="BUCKET", help="Where data and models lie; SageMaker's default one if absent.")
+    ] = None,
+    data_bucket: Annotated[
+        list[str] | None,
+        typer.Option(metavar="BUCKET", help="Another one, in which images may stay that are trained on; repeatable."),
     ] = None,
     region: Region = None,
     as_json: Json = False,
@@ -47,7 +52,7 @@ def setup(
     if show == apply:
         raise UsageError("give --print to see the permissions, or --apply to put them in place")
     aws = Aws(region)
-    policies = Policies.of(aws, bucket)
+    policies = Policies.of(aws, bucket, data_bucket or ())
     if show:
         messages.print_json(policies.document())
         return

@@ -45,12 +45,20 @@ class Policies:
     partition: str = "aws"
     execution_role: str = EXECUTION_ROLE
     """Name of the role that containers run as."""
+    data_buckets: tuple[str, ...] = ()
+    """Other buckets, in which images may stay that are trained on."""
     scheduler_role: str = SCHEDULER_ROLE
 
     @classmethod
-    def of(cls, aws: Aws, bucket: str | None = None) -> Policies:
+    def of(cls, aws: Aws, bucket: str | None = None, data_buckets: Sequence[str] = ()) -> Policies:
         """Return those of the account that is used."""
-        return cls(account=aws.account, region=aws.region, bucket=bucket or aws.bucket, partition=aws.partition)
+        return cls(
+            account=aws.account,
+            region=aws.region,
+            bucket=bucket or aws.bucket,
+            partition=aws.partition,
+            data_buckets=tuple(data_buckets),
+        )
 
     def _arn(self, service: str, resource: str, region: str = "") -> str:
         return f"arn:{self.partition}:{service}:{region or self.region}:{self.account}:{resource}"
@@ -80,7 +88,7 @@ class Policies:
     def train(self) -> list[Statement]:
         return [
             self._jobs("DetkitTraining", "training-job", "TrainingJob"),
-            _allow("DetkitLooking", ["sagemaker:List*", "sagemaker:Search", "sagemaker:DescribeHubContent"], ["*"]),
+            _allow("DetkitLooking", ["sagemaker:List*", "sagemaker:DescribeHubContent"], ["*"]),
             _allow("DetkitQuotas", ["servicequotas:ListServiceQuotas"], ["*"]),
             _allow("DetkitRole", ["iam:GetRole"], [self.role_arn(self.execution_role)]),
             _allow("DetkitWhoAmI", ["sts:GetCallerIdentity"], ["*"]),
@@ -113,13 +121,13 @@ class Policies:
             _allow("DetkitEcrSignIn", ["ecr:GetAuthorizationToken"], ["*"]),
             _allow(
                 "DetkitEcr",
-                ["ecr:CreateRepository", "ecr:DescribeImages", "ecr:DescribeRepositories", *_PULL, *_PUSH],
+                ["ecr:CreateRepository", "ecr:DescribeImages", *_PULL, *_PUSH],
                 [self._arn("ecr", "repository/detkit*")],
             ),
             _allow(
                 "DetkitBuild",
                 [
-                    *("codebuild:BatchGetBuilds", "codebuild:CreateProject", "codebuild:DeleteProject"),
+                    *("codebuild:BatchGetBuilds", "codebuild:CreateProject"),
                     *("codebuild:StartBuild", "codebuild:StopBuild"),
                 ],
                 [self._arn("codebuild", f"project/{NAMES}")],
@@ -147,7 +155,7 @@ class Policies:
         return [
             _allow(
                 "DetkitSchedules",
-                ["scheduler:CreateSchedule", "scheduler:DeleteSchedule", "scheduler:GetSchedule"],
+                ["scheduler:CreateSchedule", "scheduler:DeleteSchedule"],
                 [self._arn("scheduler", f"schedule/default/{NAMES}")],
             ),
             _allow("DetkitListSchedules", ["scheduler:ListSchedules"], ["*"]),
@@ -168,6 +176,7 @@ class Policies:
             _allow("DetkitBucket", ["s3:GetBucketLocation", "s3:ListBucket"], [place, hub]),
             _allow("DetkitObjects", ["s3:AbortMultipartUpload", "s3:GetObject", "s3:PutObject"], [f"{place}/*"]),
             _allow("DetkitJumpStart", ["s3:GetObject"], [f"{hub}/*"]),
+            *self._reading_data(),
             _allow(
                 "DetkitLogs",
                 ["logs:CreateLogGroup", "logs:CreateLogStream", "logs:DescribeLogStreams", "logs:PutLogEvents"],
@@ -181,6 +190,15 @@ class Policies:
                 _PULL,
                 ["*"],  # AWS's own images lie in AWS's accounts
             ),
+        ]
+
+    def _reading_data(self) -> list[Statement]:
+        places = [f"arn:{self.partition}:s3:::{name}" for name in self.data_buckets]
+        if not places:
+            return []
+        return [
+            _allow("DetkitDataBuckets", ["s3:GetBucketLocation", "s3:ListBucket"], places),
+            _allow("DetkitData", ["s3:GetObject"], [f"{place}/*" for place in places]),
         ]
 
     @property

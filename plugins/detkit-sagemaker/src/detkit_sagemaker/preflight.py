@@ -85,21 +85,33 @@ def bucket(aws: Aws, url: str) -> list[Concern]:
     """Return what is wrong with the bucket of an S3 address: it is there, ours to use, and in the region."""
     name = url.removeprefix("s3://").partition("/")[0]
 
-    def look() -> list[Concern]:
-        with explained(f"looking for the bucket {name} (s3:HeadBucket)"):
-            answer = aws.client("s3").head_bucket(Bucket=name)
-        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-        region = answer.get("BucketRegion") or headers.get("x-amz-bucket-region") or aws.region
-        if region != aws.region:
-            return [_error(f"bucket {name} is in {region}, and the job in {aws.region}; both have to be in one region")]
-        return []
-
     if name == aws.bucket:
         missing = _warning(f"bucket {name} is not there yet and will be created")
     else:
         create = f"`aws s3 mb s3://{name} --region {aws.region}` creates it, or leave output= out for {aws.bucket}"
         missing = _error(f"there is no bucket {name}; {create}")
-    return _looked_at(look, f"bucket {name}", missing)
+    return _looked_at(lambda: _other_region(aws, name), f"bucket {name}", missing)
+
+
+def data_bucket(aws: Aws, name: str) -> list[Concern]:
+    """Return what is wrong with a bucket, other than the job's own, in which images stay: its region, and who reads it.
+
+    What a role may do is not looked at, which would take rights that few have.
+    """
+    missing = _error(f"there is no bucket {name}, in which images are to stay")
+    found = _looked_at(lambda: _other_region(aws, name), f"bucket {name}", missing)
+    allow = f"`detkit sagemaker setup --data-bucket {name} --apply` lets detkit's role"
+    return [*found, _warning(f"images stay in bucket {name}, which the job's role has to be allowed to read; {allow}")]
+
+
+def _other_region(aws: Aws, name: str) -> list[Concern]:
+    with explained(f"looking for the bucket {name} (s3:HeadBucket)"):
+        answer = aws.client("s3").head_bucket(Bucket=name)
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    region = answer.get("BucketRegion") or headers.get("x-amz-bucket-region") or aws.region
+    if region == aws.region:
+        return []
+    return [_error(f"bucket {name} is in {region}, and the job in {aws.region}; both have to be in one region")]
 
 
 def builtin_image(region: str) -> list[Concern]:

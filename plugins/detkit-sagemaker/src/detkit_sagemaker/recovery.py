@@ -21,7 +21,7 @@ _OF_A_CHANNEL = ("columns.npz", "digests.json")
 """What a run has to know of its images without having them."""
 
 
-def keep(aws: Aws, root: str, workspace: Workspace, name: str) -> None:
+def keep(aws: Aws, root: str, workspace: Workspace, name: str, kms_key: str | None = None) -> None:
     """Put into S3 what `recover` takes: the job, and which images it is about; not the images."""
     files = {"input/data/job/job.json": workspace.job_file}
     for channel in (*CHANNELS, "retention"):
@@ -33,7 +33,7 @@ def keep(aws: Aws, root: str, workspace: Workspace, name: str) -> None:
         files[path.name] = path
     with tempfile.TemporaryDirectory(prefix="detkit-run-") as folder:
         archive = hosting.pack(files, Path(folder) / "run.tar.gz")
-        uploads.put(aws, _url(root, name), archive.read_bytes())
+        uploads.put(aws, _url(root, name), archive.read_bytes(), kms_key)
 
 
 def recover(aws: Aws, name: str, folder: Path) -> Workspace:

@@ -105,7 +105,7 @@ def prepared(aws: Aws, workspace: Workspace, job: Job, search: Search, folder: P
             raise UsageError(
                 f"the grid has {trials} combinations, and trials={search.trials}; give trials={trials}, or fewer values"
             )
-    training = _training(ready.request, job, search, objective, found)
+    training = _training(ready, job, search, objective, found)
     seconds = training["StoppingCondition"]["MaxRuntimeInSeconds"]
     if given.max_cost is not None and (within := _within(given.max_cost, trials, ready)) < seconds:
         training["StoppingCondition"] = {**training["StoppingCondition"], "MaxRuntimeInSeconds": within}
@@ -210,13 +210,15 @@ def text_of(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _training(one: Request, job: Job, search: Search, objective: str, found: Mapping[str, Searched]) -> Request:
-    """Return the request of a trial's training job, from that of ``one`` job that has nothing to search."""
-    kind, hyperparameters = kind_of(job.model), dict(one.get("HyperParameters", {}))
-    training = dict(one)
-    if kind == "ours":
+def _training(ready: Submission, job: Job, search: Search, objective: str, found: Mapping[str, Searched]) -> Request:
+    """Return the request of a trial's training job, from that of one job that has nothing to search."""
+    training = dict(ready.request)
+    hyperparameters = dict(training.get("HyperParameters", {}))
+    if ready.kind == "ours":
         hyperparameters = _fixed(job, search)
-        training["AlgorithmSpecification"] = _reporting(one["AlgorithmSpecification"], objective)
+    if ready.kind != "builtin":  # whose metrics AWS knows
+        regex = pattern(objective) if ready.kind == "ours" else ready.metrics[objective]
+        training["AlgorithmSpecification"] = _reporting(training["AlgorithmSpecification"], objective, regex)
     if len({*hyperparameters, *(parameter.name for parameter in found.values())}) > _MOST_HYPERPARAMETERS:
         raise Unsupported(f"SageMaker takes {_MOST_HYPERPARAMETERS} hyperparameters, and {job.model} has more")
     return {**training, "HyperParameters": hyperparameters}
@@ -266,9 +268,9 @@ def _reads_back(name: str, text: str, value: Any, hint: Any) -> bool:
         return False
 
 
-def _reporting(algorithm: Request, objective: str) -> Request:
-    definitions = [one for one in algorithm["MetricDefinitions"] if one["Name"] != objective]
-    first = {"Name": objective, "Regex": pattern(objective)}
+def _reporting(algorithm: Request, objective: str, regex: str) -> Request:
+    definitions = [one for one in algorithm.get("MetricDefinitions", ()) if one["Name"] != objective]
+    first = {"Name": objective, "Regex": regex}
     return {**algorithm, "MetricDefinitions": [first, *definitions][:_MOST_DEFINITIONS]}
 
 

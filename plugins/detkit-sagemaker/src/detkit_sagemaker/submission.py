@@ -29,7 +29,7 @@ from detkit_sagemaker.options import SagemakerOptions
 from detkit_sagemaker.pricing import Estimate
 from detkit_sagemaker.requests import Channel, Request, check_request, job_name, training_request
 from detkit_sagemaker.resources import owner
-from detkit_sagemaker.uploads import Bundle
+from detkit_sagemaker.uploads import Bundle, split
 
 if TYPE_CHECKING:
     from detkit_sagemaker.runs import RemoteJob
@@ -89,8 +89,14 @@ class Submission:
                 sum(one.bytes_on_disk for one in self.staged if one.input_mode == "File"),
             ),
             *preflight.volume_key(self.options, instance_type),
+            *(one for name in self._data_buckets() for one in preflight.data_bucket(aws, name)),
             *preflight.account(aws, role_arn=self.request["RoleArn"], output=self.root, needs=needs, image_uri=image),
         ]
+
+    def _data_buckets(self) -> list[str]:
+        """Return the buckets in which images stay, but for the job's own."""
+        urls = [file.source for one in self.staged for file in one.left if isinstance(file.source, str)]
+        return sorted({split(url)[0] for url in urls} - {split(self.root)[0]})
 
 
 def kind_of(model: str) -> Kind:

@@ -251,7 +251,7 @@ class _Transform:
             max_runtime=self.options.max_runtime,
         )
         job, ledger = BatchJob(self.aws, output_of(self.root, self.name), record), Ledger.of(self.aws)
-        job.write_record()
+        job.write_record(self.options.kms_key)
         try:
             for step in self.steps:
                 resources.create(self.aws, ledger, step)

@@ -78,7 +78,7 @@ def start(aws: Aws, job: Job, workspace: Workspace, search: Search, attach: Atta
             for bundle in found.ready.bundles:
                 bundle.upload(aws, found.ready.root, found.options.kms_key)
         write_json(file, msgspec.structs.replace(remote, created=time.time()))
-        recovery.keep(aws, found.ready.root, workspace, found.name)
+        recovery.keep(aws, found.ready.root, workspace, found.name, found.options.kms_key)
         Ledger.of(aws).creating("tuning-job", found.name)
     except BaseException:  # nothing was begun
         file.unlink(missing_ok=True)

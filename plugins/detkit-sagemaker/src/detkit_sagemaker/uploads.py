@@ -83,11 +83,13 @@ class Bundle:
 
         def bring(file: File) -> None:
             key = f"{prefix}{file.name}"
-            with explained(f"writing s3://{bucket}/{key} (s3:PutObject)"):
-                if isinstance(file.source, str):
-                    source_bucket, source_key = split(file.source)
-                    s3.copy({"Bucket": source_bucket, "Key": source_key}, bucket, key, ExtraArgs=encrypted)
-                else:
+            if isinstance(file.source, str):
+                source = dict(zip(("Bucket", "Key"), split(file.source), strict=True))
+                untagged = {**encrypted, "TaggingDirective": "REPLACE"}  # tags would need permissions of their own
+                with explained(f"copying {file.source} to s3://{bucket}/{key} (s3:GetObject, s3:PutObject)"):
+                    s3.copy(source, bucket, key, ExtraArgs=untagged)
+            else:
+                with explained(f"writing s3://{bucket}/{key} (s3:PutObject)"):
                     s3.upload_file(str(file.source), bucket, key, ExtraArgs=encrypted)
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:

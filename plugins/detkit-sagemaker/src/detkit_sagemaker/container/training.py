@@ -22,7 +22,7 @@ from detkit import launching, plugins, worker
 from detkit.backends import Backend, SeveralOptions
 from detkit.environments import python_command
 from detkit.errors import DetkitError, InvalidData, StorageError, Unsupported, UsageError
-from detkit.files import atomic_write, inside, place
+from detkit.files import atomic_write, file_sha256, inside, place
 from detkit.job import Job, Manifest, Trained, Workspace
 from detkit.launching import Machine
 from detkit.params import Params, set_fields
@@ -219,6 +219,11 @@ def link_images(workspace: Container) -> None:
             if not source.is_file():
                 raise InvalidData(f"{source}: channel {images.name!r} does not hold what {file} names")
             place(source, folder / inside(name))
+        data = workspace.dataset(folder.name)
+        digests = workspace.image_digests(folder.name)
+        for path, digest in zip(data.paths if data is not None else (), digests, strict=False):
+            if file_sha256(Path(path)) != digest:
+                raise InvalidData(f"{path}: it is another image than when the run was begun; begin a new one")
 
 
 def _tell_other_versions(workspace: Container, job: Job) -> None:
