@@ -331,9 +331,13 @@ def install(
     return record
 
 
-def _framework(backend: LocalBackend, source: Path | None) -> _Framework | None:
-    """Pack the framework from a checkout; None where a backend needs none. Raises `UsageError`."""
-    pack = _declared(backend).checkout
+def pack_framework(backend: LocalBackend, source: Path | None, command: str) -> Distribution | None:
+    """Pack what a backend runs on from a checkout of its source; None where a package registry has all that it needs.
+
+    ``command`` is what to type, with ``--source PATH``. Raises `UsageError` where the checkout is missing, is none, or
+    is not needed.
+    """
+    pack = backend.environment.checkout if backend.environment else None
     if pack is None and source is None:
         return None
     if pack is None:
@@ -341,9 +345,14 @@ def _framework(backend: LocalBackend, source: Path | None) -> _Framework | None:
     if source is None:
         raise UsageError(
             f"no package registry has what backend {backend.name!r} runs on; get a checkout of its source and name it: "
-            f"`{backend.installation}`"
+            f"`{command}`"
         )
-    return _Framework(source.absolute(), pack(source))
+    return pack(source)
+
+
+def _framework(backend: LocalBackend, source: Path | None) -> _Framework | None:
+    packed = pack_framework(backend, source, backend.installation)
+    return _Framework(source.absolute(), packed) if source and packed else None
 
 
 def _holds(record: Installed, framework: _Framework | None) -> bool:

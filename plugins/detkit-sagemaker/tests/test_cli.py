@@ -165,6 +165,8 @@ def test_an_image_is_planned_with_docker_or_built_with_codebuild(
     assert "that folder is removed now; keep one with --folder DIR" in typed.out
     assert typed("build-image", "--with", "ecko") == 2
     assert "did you mean 'echo'" in typed.err
+    assert typed("build-image", "--with", "echo", "--source", str(tmp_path), "--yes") == 2
+    assert "backend 'echo' takes no --source" in typed.err
     assert typed("setup", "--apply") == 0
     assert typed("build-image", "--with", "echo", "--codebuild", "--yes", "--json") == 0, typed.err
     uri = typed.json["image_uri"]

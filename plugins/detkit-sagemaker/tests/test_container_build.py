@@ -60,6 +60,14 @@ def built(tmp_path_factory: pytest.TempPathFactory, installed: None) -> BuildPla
     return plan(tmp_path_factory.mktemp("build") / "context", ["echo"], **AT)
 
 
+def installed_wheels(built: BuildPlan, site: Path) -> Path:
+    """Install the wheels of a context, and nothing that they require."""
+    wheels = sorted(map(str, (built.context / "wheels").iterdir()))
+    quiet = ["--quiet", "--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *quiet, "--target", str(site), *wheels], check=True)
+    return site
+
+
 def test_the_context_is_complete(built: BuildPlan) -> None:
     names = sorted(path.relative_to(built.context).as_posix() for path in built.context.rglob("*") if path.is_file())
     assert [re.sub(r"-\d.*", "", name) for name in names] == [
@@ -74,10 +82,7 @@ def test_the_context_is_complete(built: BuildPlan) -> None:
 
 
 def test_the_wheels_install_and_run_by_themselves(built: BuildPlan, tmp_path: Path) -> None:
-    wheels = sorted(map(str, (built.context / "wheels").iterdir()))
-    quiet = ["--quiet", "--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check"]
-    site = tmp_path / "site"
-    subprocess.run([sys.executable, "-m", "pip", "install", *quiet, "--target", str(site), *wheels], check=True)
+    site = installed_wheels(built, tmp_path / "site")
     script = (
         "import detkit, detkit_echo, detkit_sagemaker, sys\n"
         "print([m.__file__ for m in (detkit, detkit_echo, detkit_sagemaker)])\n"
@@ -154,6 +159,52 @@ def test_a_pinned_environment_is_the_image_s_own(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'gluoncv' needs an environment of its own, which echo cannot share"):
         plan(tmp_path / "both", ["gluoncv", "echo"], **AT)
     assert not (tmp_path / "both").exists()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What detkit looks for in a checkout of Detectron2."""
+    folder = tmp_path / "checkout"
+    for name in ("detectron2", "configs/COCO-Detection"):
+        (folder / name).mkdir(parents=True)
+    (folder / "detectron2/__init__.py").write_text('__version__ = "0.6"\n')
+    (folder / "configs/COCO-Detection/one.yaml").write_text("VERSION: 2\n")
+    return folder
+
+
+def test_a_plugin_comes_with_those_that_it_builds_on_and_a_framework_of_no_registry(
+    checkout: Path, tmp_path: Path
+) -> None:
+    """Its pinned environment is installed without dependencies, so nothing else would bring them."""
+    pytest.importorskip("detkit_detectron2")
+    built = plan(tmp_path / "context", ["detectron2"], source=checkout, **AT)
+    names = ["detectron2", "detkit_detectron2", "detkit_sagemaker", "detkit_sdk", "detkit_torchvision"]
+    assert [wheel.name.partition("-")[0] for wheel in sorted((built.context / "wheels").iterdir())] == names
+    assert "torch==" in (built.context / "pinned.txt").read_text()
+    site, *modules = installed_wheels(built, tmp_path / "site"), *names[:2], "detkit_detectron2.params", names[-1]
+    script = f"import importlib\nfor name in {modules}: print(importlib.import_module(name).__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True,
+        cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(str(site)) == len(modules)
+    assert (site / "detectron2/model_zoo/configs/COCO-Detection/one.yaml").is_file()
+
+    (checkout / "detectron2/__init__.py").write_text('__version__ = "0.6"\nchanged = True\n')
+    assert plan(tmp_path / "other", ["detectron2"], source=checkout, **AT).image_uri != built.image_uri
+
+
+def test_a_framework_of_no_registry_is_asked_for_before_anything_is_built(tmp_path: Path) -> None:
+    pytest.importorskip("detkit_detectron2")
+    typed = "detkit sagemaker build-image --with detectron2 --source PATH"
+    with pytest.raises(UsageError, match=f"get a checkout of its source and name it: `{typed}`"):
+        plan(tmp_path / "context", ["detectron2"], **AT)
+    with pytest.raises(UsageError, match="which is no checkout of Detectron2"):
+        plan(tmp_path / "context", ["detectron2"], source=tmp_path, **AT)
+    with pytest.raises(UsageError, match="'echo' takes no --source"):
+        plan(tmp_path / "context", ["echo"], source=tmp_path, **AT)
+    assert not (tmp_path / "context").exists()
 
 
 def test_wheels_that_are_given_are_taken(built: BuildPlan, tmp_path: Path) -> None:

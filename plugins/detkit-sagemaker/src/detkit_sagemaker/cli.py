@@ -132,6 +132,12 @@ def build_image(
         Path | None, typer.Option(metavar="DIR", help="Keep the folder that it is built in; it must not exist.")
     ] = None,
     base: Annotated[str | None, typer.Option(metavar="IMAGE", help="What it is built on, e.g. one with CUDA.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="Your checkout of a framework that no package registry has, such as Detectron2."
+        ),
+    ] = None,
     codebuild: Annotated[
         bool | None, typer.Option("--codebuild/--docker", help="Where; with Docker if it is here, else CodeBuild.")
     ] = None,
@@ -160,6 +166,7 @@ def build_image(
             account=aws.account,
             domain=dns_suffix(aws.region),
             base=base or build.BASE,
+            source=source,
         )
         done = building.is_there(aws, plan)
         if yes and not done:

@@ -16,6 +16,7 @@ from typing import Any
 
 from detkit import distributions, plugins
 from detkit.backends import Backend, LocalBackend
+from detkit.environments import pack_framework
 from detkit.errors import Unsupported, UsageError
 from detkit.files import atomic_write, staged_folder
 
@@ -174,13 +175,15 @@ def plan(
     base: str = BASE,
     repository: str = REPOSITORY,
     wheels: Path | None = None,
+    source: Path | None = None,
     build_args: Mapping[str, str] | None = None,
 ) -> BuildPlan:
     """Lay out the folder to build an image in that has these backends, and return what to do with it.
 
-    detkit and the plugins are packed as they are installed here, editable ones, too; where ``wheels``, a folder, has a
-    wheel of one, that is taken. ``folder`` must not exist. Raises `UnknownName`, `UsageError` for backends that do not
-    fit into one image, `Unsupported` for a plugin with compiled modules and no wheel.
+    detkit and the plugins, with those that they build on, are packed as they are installed here, editable ones, too;
+    where ``wheels``, a folder, has a wheel of one, that is taken. ``source`` is the checkout of a framework that no
+    package registry has. ``folder`` must not exist. Raises `UnknownName`, `UsageError` for backends that do not fit
+    into one image and where a checkout is missing, `Unsupported` for a plugin with compiled modules and no wheel.
     """
     if not backends:
         raise UsageError("name the backends of the image, e.g. --with torchvision")
@@ -189,16 +192,21 @@ def plan(
     names = tuple(dict.fromkeys(backends))
     found = [_local(plugins.backend(name)) for name in names]
     pinned = _pinned(found)
-    tops = {_SELF: "detkit_sagemaker", _CORE: "detkit"}
-    tops |= {plugins.distribution_of(one.name): one.engine.partition(":")[0].partition(".")[0] for one in found}
+    command = " ".join(["detkit sagemaker build-image", *(f"--with {name}" for name in names), "--source PATH"])
+    frameworks = [packed for one in found if (packed := pack_framework(one, source, command))]
+    own = {plugins.distribution_of(one.name): [one.engine.partition(":")[0].partition(".")[0]] for one in found}
+    below: dict[str, list[str]] = {other: [] for name in own for other in distributions.required_plugins(name)}
+    tops = {**below, **own, _SELF: ["detkit_sagemaker"], _CORE: ["detkit"]}
     given = {_normal(path.name.partition("-")[0]): path for path in wheels.glob("*.whl")} if wheels is not None else {}
     with staged_folder(folder) as staged:
         (staged / "wheels").mkdir()
-        for name, top in tops.items():
+        for packed in frameworks:
+            packed.write_wheel(staged / "wheels")
+        for name, modules in tops.items():
             if _normal(name) in given:
                 shutil.copy(given[_normal(name)], staged / "wheels")
             else:
-                distributions.find(name, [top]).write_wheel(staged / "wheels")
+                distributions.find(name, modules).write_wheel(staged / "wheels")
         (staged / "pinned.txt").write_text("".join(f"{line}\n" for line in pinned))
         shutil.copy(Path(__file__).with_name("Dockerfile"), staged / "Dockerfile")
     return BuildPlan(
