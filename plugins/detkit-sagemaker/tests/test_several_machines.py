@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -71,15 +72,30 @@ def test_two_machines_end_where_one_does(simulator: Simulator, data: Dataset) ->
     assert run.model.manifest.metrics["val/AP"] == pytest.approx(alone.model.manifest.metrics["val/AP"], abs=1e-3)
 
 
+def crowded_shelves(folder: Path, given: str) -> str:
+    """Run the example with 12 drawn shelves; returns what it prints."""
+    script = Path(__file__).parents[3] / "examples/shelves.py"
+    command = [sys.executable, script, "--simulate", *f"{given} --images 12 --boxes 147 --epochs 1".split()]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_crowded_shelves(tmp_path: Path) -> None:
     """The example: 147 boxes an image, two broken files, two machines, a batch transform, and AR at 300."""
-    script = Path(__file__).parents[3] / "examples/shelves.py"
-    given = "--simulate --machines 2 --model torchvision/fcos_tiny --images 12 --boxes 147 --size 640 --epochs 1"
-    command = [sys.executable, script, *given.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"left out 2: shelf_0002\.jpg, shelf_0005\.jpg", done.stdout)
-    assert re.search(r"AP \d\.\d+  AP75 \d\.\d+  AR300 \d\.\d+ on 2 shelves", done.stdout)
+    printed = crowded_shelves(tmp_path, "--machines 2 --model torchvision/fcos_tiny --size 640")
+    assert re.search(r"left out 2: shelf_0002\.jpg, shelf_0005\.jpg", printed)
+    assert re.search(r"AP \d\.\d+  AP75 \d\.\d+  AR300 \d\.\d+ on 2 shelves", printed)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("detectron2") is None, reason="there is no Detectron2 in this Python")
+@pytest.mark.parametrize("machines", [1, 2])
+def test_crowded_shelves_with_detectron2(machines: int, tmp_path: Path) -> None:
+    printed = crowded_shelves(tmp_path, f"--machines {machines} --model detectron2/retinanet_tiny --size 320")
+    assert re.search(r"AP \d\.\d+  AP75 \d\.\d+  AR300 \d\.\d+ on 2 shelves", printed)
+    manifest = json.loads((tmp_path / "shelves/run/model/detkit.json").read_bytes())
+    assert (manifest["backend"], manifest["model"]) == ("detectron2", "retinanet_tiny")
+    assert manifest["hardware"]["processes"] == str(machines)
 
 
 def test_weights_of_a_file(simulator: Simulator, data: Dataset, tmp_path: Path) -> None:
