@@ -505,7 +505,7 @@ def test_a_clean_up_that_is_killed_is_finished(
         assert process.wait(timeout=60) == -signal.SIGKILL
     assert account.live()
     if finished_by == "aws":
-        account.elapse(24 * 3600)
+        account.elapse(48 * 3600)  # for a day, the scheduler tries to delete what is gone already
         wait_until(lambda: account.live() == [])
     assert remove(account_of(), [endpoint.name]) == ([] if finished_by == "aws" else [endpoint.name])
     wait_until(lambda: is_clean(account))
@@ -520,7 +520,11 @@ def test_it_answers_until_its_time_is_over_and_then_goes_with_all_that_is_its(
 
     def pass_until(t: float) -> None:
         """Let the scheduler's clock show a time, and wait until it has done all that is due: this schedule last."""
-        target = {"Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:deleteModel", "RoleArn": account.role}
+        target: dict[str, Any] = {
+            "Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:deleteModel",
+            "RoleArn": account.role,
+            "RetryPolicy": {"MaximumRetryAttempts": 0},
+        }
         name = f"last-{len(passed)}"
         boto3.client("scheduler").create_schedule(
             Name=name,
@@ -554,6 +558,23 @@ def test_aws_deletes_it_when_its_time_is_over_and_nobody_lives(
     assert len(account.live("endpoint")) == 1
     assert len(account.live("schedule")) == 3
     account.elapse(24 * 3600)
+    wait_until(lambda: account.live() == [])
+    assert remove(account_of(), expired=True) == []
+    assert is_clean(account)
+
+
+def test_aws_deletes_what_is_only_just_created_when_its_time_is_over_and_nobody_lives(
+    account: Simulator, trained: Trained, launcher: subprocess.Popen[str]
+) -> None:
+    """The first call is refused, as an endpoint cannot be deleted while it is created; the scheduler tries again."""
+    account.faults.slow(2.0)
+    child: queue.Queue[int] = queue.Queue()
+    account.faults.crash_after("CreateEndpoint", lambda: os.kill(child.get(timeout=30), signal.SIGKILL))
+    child.put(launch(launcher, account, trained))
+    assert outcome(launcher) == -signal.SIGKILL
+    account.elapse(3600 + deployment._LATER_S)
+    wait_until(lambda: account.live("model") == [])
+    assert [one.status for one in list_endpoints(account_of())] == ["Creating"]
     wait_until(lambda: account.live() == [])
     assert remove(account_of(), expired=True) == []
     assert is_clean(account)

@@ -321,6 +321,22 @@ def test_a_schedule_deletes_an_endpoint(simulator: Simulator, sagemaker: Any) ->
     assert simulator.live("schedule") == []
 
 
+def test_a_schedule_that_fails_tries_again_as_often_and_as_long_as_it_says(
+    simulator: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    def tried(name: str) -> int:
+        return caplog.text.count(f"schedule {name}: DeleteEndpoint failed")
+
+    policies = {"once-again": {"MaximumRetryAttempts": 1}, "a-minute": {"MaximumEventAgeInSeconds": 60}}
+    for name, policy in policies.items():
+        boto3.client("scheduler").create_schedule(**schedule(simulator, datetime.now(UTC), name, RetryPolicy=policy))
+    until(lambda: simulator.live("schedule") == ["a-minute"])
+    assert tried("once-again") == 2
+    until(lambda: tried("a-minute") > 2)
+    simulator.elapse(60)
+    until(lambda: simulator.live("schedule") == [])
+
+
 def test_the_hub_has_the_models_that_can_be_trained(simulator: Simulator, sagemaker: Any, s3: Any) -> None:
     pages: list[Json] = []
     more: Json = {}
