@@ -221,6 +221,35 @@ def test_what_is_over_before_it_began_is_not_created(account: Simulator, trained
     assert is_clean(account)
 
 
+def test_what_is_over_as_the_last_step_comes_is_removed_again(
+    account: Simulator, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_time_pass_after(account, monkeypatch, "CreateEndpointConfig")
+    with pytest.raises(DeploymentFailed, match="over before it was created; give it more ttl. everything was removed"):
+        deploy(trained.model, options(account), account_of())
+    assert "CreateEndpoint" not in account.calls
+    assert is_clean(account)
+
+
+def test_an_endpoint_that_is_there_too_late_is_not_returned(
+    account: Simulator, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_service() -> bool:
+        found = boto3.client("sagemaker").list_endpoints()["Endpoints"]
+        return [one["EndpointStatus"] for one in found] == ["InService"]
+
+    account.faults.crash_after("CreateEndpoint", lambda: wait_until(in_service))
+    let_time_pass_after(account, monkeypatch, "DescribeEndpoint")
+    with pytest.raises(DeploymentFailed, match="is InService, and its time is over; give it more ttl"):
+        deploy(trained.model, options(account), account_of())
+    wait_until(lambda: is_clean(account))
+
+
+def let_time_pass_after(account: Simulator, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    """Let the time of whatever is deployed be over as soon as an operation was done."""
+    account.faults.crash_after(operation, lambda: monkeypatch.setattr(deployment._Deployment, "_is_over", True))
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_answers_that_get_lost_are_asked_for_again(account: Simulator, trained: Trained, when: str) -> None:
     for operation in set(STEPS):

@@ -162,6 +162,10 @@ class _Deployment:
             )
         try:
             for step in self.steps:
+                if step.kind == "endpoint" and self._is_over:
+                    raise DeploymentFailed(
+                        f"the time of endpoint {self.name} was over before it was created; give it more ttl"
+                    )
                 self._create(ledger, step)
             self._wait(tell)
         except CredentialsExpired as error:
@@ -212,6 +216,8 @@ class _Deployment:
             if status != told:
                 tell(f"endpoint {self.name}: {status} after {duration(time.monotonic() - began)}")
                 told = status
+            if self._is_over and status != "Failed":
+                raise DeploymentFailed(f"endpoint {self.name} is {status}, and its time is over; give it more ttl")
             if status == "InService":
                 return
             if status not in {"Creating", "Updating", "SystemUpdating"}:
@@ -219,10 +225,6 @@ class _Deployment:
                 log = resources.last_lines(self.aws, f"{logs.ENDPOINTS}/{self.name}", "all/")
                 lines = f"\nlast lines of the container:\n{log}\n" if log else ""
                 raise DeploymentFailed(f"endpoint {self.name} is {status}: {reason}{lines}")
-            if self._is_over:
-                raise DeploymentFailed(
-                    f"endpoint {self.name} is still {status}, and its time is over; give it more ttl"
-                )
 
     def _roll_back(self, ledger: Ledger, tell: Tell) -> str:
         """Remove everything again, and return what to say where that was not possible.
