@@ -187,6 +187,24 @@ def test_where_no_schedule_may_be_created_nothing_is_deployed(account: Simulator
     assert "CreateEndpoint" not in account.calls
 
 
+@pytest.mark.parametrize("why", ["InternalServerException", "lost network"])
+def test_a_schedule_that_fails_for_a_while_is_no_missing_permission(
+    account: Simulator, trained: Trained, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr("detkit_sagemaker.aws._TRIES", 1)
+    if why == "lost network":
+        account.faults.crash_after("CreateSchedule")
+    else:
+        account.faults.refuse("CreateSchedule", why, "Unexpected error occurred", status=500)
+    with pytest.raises(DeploymentFailed) as raised:
+        deploy(trained.model, options(account), Aws())
+    told = {"InternalServerException": "Unexpected error occurred", "lost network": "AWS could not be reached"}
+    assert told[why] in str(raised.value)
+    assert str(raised.value).endswith("everything was removed again; try again later")
+    assert "keep=True" not in str(raised.value) and "permission" not in str(raised.value)
+    assert is_clean(account)
+
+
 def test_a_container_that_does_not_start_is_told_with_its_last_lines(account: Simulator, trained: Trained) -> None:
     with pytest.raises(DeploymentFailed) as raised:
         deploy(trained.model, options(account, image_uri=account.image("broken:latest")), account_of())

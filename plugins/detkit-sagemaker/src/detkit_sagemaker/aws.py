@@ -19,7 +19,10 @@ _THROTTLED = {"ThrottlingException", "Throttling", "TooManyRequestsException", "
 _QUOTA = {"ResourceLimitExceeded", "ServiceQuotaExceededException", "LimitExceededException"}
 _CAPACITY = {"CapacityError", "InsufficientCapacityException", "InsufficientInstanceCapacity"}
 
-_PASSING = {"", "InternalError", "InternalFailure", "InternalServerError", "ServiceUnavailable", "500", "503"}
+_PASSING = {
+    *("", "InternalError", "InternalFailure", "InternalServerError", "InternalServerException"),
+    *("ServerException", "ServiceFailure", "ServiceUnavailable", "500", "502", "503"),
+}
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 _TRIES = 8

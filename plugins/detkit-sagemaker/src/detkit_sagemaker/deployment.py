@@ -17,7 +17,7 @@ from detkit.durations import duration
 from detkit.errors import MissingSettings, UsageError
 from detkit.plans import Plan
 from detkit_sagemaker import hosting, logs, pricing, requests, resources
-from detkit_sagemaker.aws import Aws, AwsError, CredentialsExpired, QuotaExceeded, Throttled, explained
+from detkit_sagemaker.aws import AccessDenied, Aws, AwsError, CredentialsExpired, explained, may_pass
 from detkit_sagemaker.defaults import complete, role_arn
 from detkit_sagemaker.endpoints import DELETES, SagemakerEndpoint, remove_all
 from detkit_sagemaker.ledger import Ledger
@@ -173,7 +173,8 @@ class _Deployment:
         except BaseException as error:
             left = self._roll_back(ledger, tell)
             if isinstance(error, AwsError):
-                raise DeploymentFailed(f"{error}. {left or 'everything was removed again'}", error.code) from error
+                left = left or "everything was removed again" + ("; try again later" if may_pass(error) else "")
+                raise DeploymentFailed(f"{error}. {left}", error.code) from error
             if left:
                 tell(left)
             raise
@@ -189,12 +190,10 @@ class _Deployment:
     def _create(self, ledger: Ledger, step: Step) -> None:
         try:
             resources.create(self.aws, ledger, step)
-        except (CredentialsExpired, Throttled, QuotaExceeded):
-            raise
         except AwsError as error:
-            if step.kind != "schedule":
-                raise
-            self._refuse(step, error)
+            if step.kind == "schedule" and _is_about_rights(error):
+                self._refuse(step, error)
+            raise
 
     def _refuse(self, step: Step, error: AwsError) -> NoReturn:
         role = str(step.request["Target"]["RoleArn"])
@@ -268,6 +267,12 @@ def _check(model: Model, options: DeployOptions) -> str:
     if options.ttl is not None and options.keep:
         raise UsageError("ttl and keep contradict each other; give ttl for an end, or keep=True for none")
     return options.role
+
+
+def _is_about_rights(error: AwsError) -> bool:
+    """Return whether a schedule was refused for want of a permission, or as the scheduler cannot take its role."""
+    about_role = error.code == "ValidationException" and "execution role" in str(error).lower()
+    return isinstance(error, AccessDenied) or about_role
 
 
 def _scheduler_role(aws: Aws, chosen: str | None) -> str:
