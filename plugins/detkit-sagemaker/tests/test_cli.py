@@ -177,6 +177,31 @@ def test_an_image_is_planned_with_docker_or_built_with_codebuild(
     assert len(listed) == 1
 
 
+def test_what_aws_refused_to_create_is_not_in_the_ledger(echo_account: Simulator, typed: Typed) -> None:
+    echo_account.faults.refuse("CreateRole", "AccessDenied", "not authorized to perform iam:CreateRole", status=403)
+    assert typed("setup", "--apply") == 3
+    assert typed("ledger", "--json") == 0
+    assert typed.json == []
+    assert typed("setup", "--apply") == 0
+    assert typed("ledger", "--json") == 0
+    made = typed.json
+    assert ("role", "detkit-execution") in [(one["kind"], one["name"]) for one in made]
+    echo_account.faults.refuse("CreateRole", "AccessDenied", "not authorized to perform iam:CreateRole", status=403)
+    assert typed("setup", "--apply") == 3
+    assert typed("ledger", "--json") == 0
+    assert {one["name"] for one in typed.json} == {one["name"] for one in made}, "it is there all the same"
+
+
+def test_what_nobody_knows_to_be_created_stays_in_the_ledger(
+    echo_account: Simulator, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detkit_sagemaker.aws._TRIES", 1)
+    echo_account.faults.crash_after("CreateRole")
+    assert typed("setup", "--apply") == 3
+    assert typed("ledger", "--json") == 0
+    assert [one["name"] for one in typed.json] == ["detkit-execution"]
+
+
 def test_what_stays_in_an_account_is_written_down_before_it_is_made_and_kept(
     echo_account: Simulator, typed: Typed
 ) -> None:

@@ -555,6 +555,23 @@ def test_of_two_who_make_the_bucket_at_once_both_have_it(aws: Simulator) -> None
     assert aws.calls[-2:] == ["CreateBucket"] * 2
 
 
+@pytest.mark.parametrize("made", [True, False], ids=["the other one makes it", "the other one fails"])
+def test_a_bucket_that_another_one_is_just_making_is_asked_for_again(aws: Simulator, made: bool) -> None:
+    there = Aws("eu-central-1" if made else "eu-west-3")
+    place = {"LocationConstraint": there.region}
+    other = boto3.client("s3", region_name=there.region)
+
+    def make() -> None:
+        if made:
+            other.create_bucket(Bucket=there.bucket, CreateBucketConfiguration=place)
+
+    said = "A conflicting conditional operation is currently in progress against this resource. Try again."
+    aws.faults.refuse("CreateBucket", "OperationAborted", said, times=2, status=409)
+    aws.faults.crash_before("CreateBucket", make)
+    uploads.ensure_bucket(there, f"s3://{there.bucket}/detkit")
+    other.head_bucket(Bucket=there.bucket)
+
+
 def test_killed_while_the_model_comes(aws: Simulator, data: Dataset) -> None:
     run = trainer(aws).start(data, data, name="killed")
     aws.wait()

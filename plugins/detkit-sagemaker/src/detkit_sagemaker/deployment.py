@@ -17,7 +17,7 @@ from detkit.durations import duration
 from detkit.errors import MissingSettings, UsageError
 from detkit.plans import Plan
 from detkit_sagemaker import hosting, logs, pricing, requests, resources
-from detkit_sagemaker.aws import AccessDenied, Aws, AwsError, CredentialsExpired, explained, may_pass
+from detkit_sagemaker.aws import AccessDenied, Aws, AwsError, CredentialsExpired, explained
 from detkit_sagemaker.defaults import complete, role_arn
 from detkit_sagemaker.endpoints import DELETES, SagemakerEndpoint, remove_all
 from detkit_sagemaker.ledger import Ledger
@@ -173,7 +173,9 @@ class _Deployment:
         except BaseException as error:
             left = self._roll_back(ledger, tell)
             if isinstance(error, AwsError):
-                left = left or "everything was removed again" + ("; try again later" if may_pass(error) else "")
+                left = left or "everything was removed again" + (
+                    "; try again later" if resources.may_pass(error) else ""
+                )
                 raise DeploymentFailed(f"{error}. {left}", error.code) from error
             if left:
                 tell(left)

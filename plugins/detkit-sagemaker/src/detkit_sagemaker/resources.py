@@ -7,6 +7,7 @@ transform of that name is used by nobody. What is made once and stays, such as a
 from __future__ import annotations
 
 import getpass
+import itertools
 import re
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any, TypeAlias
 
 from detkit_sagemaker import logs
 from detkit_sagemaker.aws import Aws, AwsError, Throttled, explained
+from detkit_sagemaker.aws import may_pass as is_passing
 from detkit_sagemaker.ledger import Kind, Ledger
 from detkit_sagemaker.requests import check_request
 
@@ -30,7 +32,12 @@ NEVER = "never"
 
 _BY_TIME = re.compile(r"botocore-session-\d+")
 _TAKEN = {"ValidationException", "ResourceInUse", "ConflictException"}
-_PASSING = {"", "InternalError", "InternalFailure", "InternalServerError", "ServiceUnavailable", "500", "502", "503"}
+_AT_ONCE = {"OperationAborted", "ConcurrentModification"}
+"""AWS's codes, S3's and IAM's, for two who create the same thing at once."""
+
+_PATIENCE_S = 60.0
+"""So long they are asked again."""
+
 _LOG_LINES = 20
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _SHARE = 0.2, 30.0, 0.05
 
@@ -92,18 +99,28 @@ def create(aws: Aws, ledger: Ledger, step: Step) -> None:
 def ensure(aws: Aws, kind: Kind, request: Mapping[str, Any]) -> bool:
     """Create what stays in the account, and return whether it was not there; the ledger knows of it before AWS does.
 
-    Raises `AwsError`.
+    Where another process creates it at this moment, AWS is asked again. Raises `AwsError`; the ledger forgets what AWS
+    refused, unless it knew of that before.
     """
     service, operation, parameter, is_there = _LASTING[kind]
-    name = request[parameter]
-    Ledger.of(aws).creating(kind, name)
-    try:
-        with explained(f"creating {kind} {name} ({service}:{operation})"):
-            getattr(aws.client(service), _method(operation))(**request)
-    except AwsError as error:
-        if error.code != is_there:
+    name, ledger = request[parameter], Ledger.of(aws)
+    was_known = any((one.kind, one.name) == (kind, name) for one in ledger.pending())
+    ledger.creating(kind, name)
+    began = time.monotonic()
+    for _ in itertools.chain([None], waits()):
+        try:
+            with explained(f"creating {kind} {name} ({service}:{operation})"):
+                getattr(aws.client(service), _method(operation))(**request)
+        except AwsError as error:
+            if error.code == is_there:
+                return False
+            if error.code in _AT_ONCE:
+                if time.monotonic() - began < _PATIENCE_S:
+                    continue
+            elif not was_known and not may_pass(error):
+                ledger.gone(kind, name)
             raise
-        return False
+        break
     return True
 
 
@@ -134,7 +151,7 @@ def is_missing(error: AwsError) -> bool:
 
 def may_pass(error: AwsError) -> bool:
     """Return whether AWS could not be reached or was in trouble of its own, so that asking again may help."""
-    return isinstance(error, Throttled) or (type(error) is AwsError and error.code in _PASSING)
+    return type(error) in {AwsError, Throttled} and is_passing(error)
 
 
 def is_busy(error: AwsError) -> bool:
