@@ -73,6 +73,24 @@ def test_the_controller_has_no_framework() -> None:
         assert importlib.util.find_spec(name) is None
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_search_in_the_framework_s_own_interpreter(
+    model: str, shapes: tuple[detkit.Dataset, detkit.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trials at once, and what the framework's optimizer had is what was chosen."""
+    monkeypatch.setenv("DETKIT_RUNS", str(tmp_path))
+    train, val = shapes
+    space = {"learning_rate": "1e-4..1e-2:log", "weight_decay": "1e-4..1e-1:log"}
+    tuner = detkit.Tuner(detkit.Trainer(model=model, epochs=1, batch_size=8), space, trials=3, parallel=2)
+    study = tuner.fit(train.take(range(16)), val, quiet=True)
+    assert [trial.state for trial in study.trials] == ["finished"] * 3
+    for trial in study.trials:
+        manifest = trial.run.model.manifest
+        assert len(trial.values) == 2
+        for name, value in trial.values.items():
+            assert manifest.native[name] == pytest.approx(value, rel=1e-9) == manifest.params[name]
+
+
 def test_the_same_report(
     runs: dict[str, detkit.Run], shapes: tuple[detkit.Dataset, detkit.Dataset], tmp_path: Path
 ) -> None:
