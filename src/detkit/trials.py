@@ -217,7 +217,7 @@ class Trials:
         if not self._asked:
             if "WAITING" not in states and len(states) >= self._search.trials:
                 return False
-            self._asked.append(self._ask(len(states)))
+            self._ask(len(states))
         trial = self._asked[0]
         if self._is_lost(trial):
             self._asked.remove(trial)
@@ -233,17 +233,17 @@ class Trials:
         self._changed()
         return True
 
-    def _ask(self, number: int) -> optuna.Trial:
+    def _ask(self, number: int) -> None:
         study = self._study
         study.optuna_study.sampler = make_sampler(self._search, None if study.storage.shared else number)
         study.optuna_study.pruner = make_pruner(self._search.pruner)
         trial = study.optuna_study.ask()
+        self._asked.append(trial)
         self._held[trial.number] = trial
         if study.storage.shared:
             _beat(study, trial._trial_id)
         of_another = trial.user_attrs.keys() & {"run", "cut", "max_cost", "cost", "given_up"}  # of a run that was lost
         self._note(trial, **{name: getattr(Facts(), name) for name in of_another})
-        return trial
 
     def _is_lost(self, trial: optuna.Trial) -> bool:
         """Return whether others do a trial anew, as they had not heard of this process for long; says so."""
