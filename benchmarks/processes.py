@@ -1,8 +1,8 @@
 """Images per second of one, two ... processes on the CPU, a thread each, that train one model together.
 
 Whole runs, started by torchrun where there are several, in turn (1 2 1 2 ...), so that a busy machine slows all. The
-number of a run is the median of its progress events after the first epoch, which fills the cache; what is quoted is the
-ratio of medians to one process, and the seconds that more processes do not share.
+number of a run is the median of its progress events after the first epoch, which fills the cache, and every batch is
+full; what is quoted is the ratio of medians to one process, and the seconds that more processes do not share.
 
     python benchmarks/processes.py [--model ssdlite320_mobilenet_v3_large] [--processes 1 2] [--rounds 3]
         [--batch-per-process 16] [--steps 30] [--compress none]
@@ -45,19 +45,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         most = args.batch_per_process * max(args.processes)
-        data = detkit.read_dataset(write_shapes(root / "shapes", num_images=2 * most, size=args.size))
+        # Both parts are given, or some of the images would be kept for scoring, and each epoch end in a small batch.
+        train = detkit.read_dataset(write_shapes(root / "train", num_images=2 * most, size=args.size))
+        val = detkit.read_dataset(write_shapes(root / "val", num_images=2, size=args.size, seed=1))
         for number in range(args.rounds):
             for count in args.processes:
                 trainer = detkit.Trainer(
                     model=f"torchvision/{args.model}", image_size=args.size, weights=None, device="cpu", threads=1
                 )
                 run = trainer.fit(
-                    data,
+                    train,
+                    val,
                     iterations=args.steps,
                     batch_size=args.batch_per_process * count,
                     processes=count,
                     compress_gradients=args.compress,
                     checkpoint_every="1000 epochs",
+                    validate_every="1000 epochs",
                     name=str(root / f"{count}-{number}"),
                     quiet=True,
                 )
