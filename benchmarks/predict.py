@@ -7,6 +7,8 @@ is the median over the rounds, and the median over the rounds of the ratio to th
     Predictor  `Predictor` on the same arrays
     files      `Predictor` on the images' files, decoding included: what a user waits for, images in, `Detections` out
     onnx       the same with the model exported to ONNX, in ONNX Runtime
+    openvino   the same export in OpenVINO, where that is installed
+    bf16       in OpenVINO again, computed in bf16, where the CPU does that
     int8       the same with the model in eight bits; only with ``--calibrate``
 
     python benchmarks/predict.py MODEL DATA [--calibrate DATA] [--batch 8] [--images 64] [--rounds 9]
@@ -61,10 +63,20 @@ def exports(model: str, data: str, calibrate: str | None, folder: Path) -> dict[
     return found
 
 
-def average_precision(model: object, data: Dataset) -> float:
+def openvino_devices() -> dict[str, str]:
+    """Return the devices that OpenVINO has here, by the names of their rows."""
+    try:
+        from openvino import Core
+    except ImportError:
+        return {}
+    half = {"bf16": "openvino:bf16"} if "BF16" in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else {}
+    return {"openvino": "openvino", **half}
+
+
+def average_precision(model: Path, device: str, data: Dataset) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return float(detkit.evaluate(model, data)["AP"])  # type: ignore[arg-type]
+        return float(detkit.evaluate(model, data, device=device)["AP"])
 
 
 def main() -> None:
@@ -82,10 +94,14 @@ def main() -> None:
     batches = [images[i : i + args.batch] for i in range(0, len(images), args.batch)]
     with tempfile.TemporaryDirectory() as temporary:
         models = {"files": original.path, **exports(args.model, args.data, args.calibrate, Path(temporary))}
+        devices = openvino_devices()
+        models |= dict.fromkeys(devices, models["onnx"])
         options = PredictOptions(score_threshold=SCORE_THRESHOLD, max_detections=original.manifest.max_detections)
         engine = load_engine(original.manifest.engine).load(original, options)
         opened = {
-            name: Predictor(model, score_threshold=SCORE_THRESHOLD, batch_size=args.batch)
+            name: Predictor(
+                model, score_threshold=SCORE_THRESHOLD, batch_size=args.batch, device=devices.get(name, "auto")
+            )
             for name, model in models.items()
         }
         rows: dict[str, Callable[[], object]] = {
@@ -96,7 +112,7 @@ def main() -> None:
         for work in rows.values():
             work()
         rounds = [{name: timed(work) for name, work in rows.items()} for _ in range(args.rounds)]
-        ap = {name: average_precision(model, data) for name, model in models.items()}
+        ap = {name: average_precision(model, devices.get(name, "auto"), data) for name, model in models.items()}
     print(f"{original.name}, {len(images)} images, {args.batch} at a time, {args.rounds} rounds")
     print(f"{'':10} {'CPU ms/img':>10} {'wall ms/img':>11} {'CPU ratio':>9} {'wall ratio':>10} {'AP':>7}")
     added: list[float] = []

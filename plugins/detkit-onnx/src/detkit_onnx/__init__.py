@@ -1,4 +1,4 @@
-"""The ONNX backend: opens what other backends export, with ONNX Runtime. It trains nothing."""
+"""The ONNX backend: opens what other backends export, with ONNX Runtime or OpenVINO. It trains nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def detkit_backends() -> Iterable[LocalBackend]:
         summary="opens exported models with ONNX Runtime, and makes them int8; trains nothing",
         engine=ONNX["engine"],
         models={},
-        install="pip install 'detkit-onnx[cpu]', or 'detkit-onnx[gpu]'",
+        install="pip install 'detkit-onnx[cpu]', 'detkit-onnx[openvino]' or 'detkit-onnx[gpu]'",
         requires=("onnxruntime",),
         formats=(INT8,),
         quantized=(INT8,),

@@ -23,9 +23,8 @@ _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
 }
-_BEHIND = {"tensorrt": ("cuda", "cpu"), "cuda": ("cpu",), "openvino": ("cpu",), "cpu": ()}
+_BEHIND = {"tensorrt": ("cuda", "cpu"), "cuda": ("cpu",), "cpu": ()}
 """What runs the nodes that a device's provider does not know."""
 
 
@@ -37,7 +36,12 @@ class OnnxEngine(Engine):
 
     def load(self, model: Model, options: PredictOptions) -> GraphDetector:
         graph = graph_of(model)
-        return GraphDetector(graph, model.classes, Session(model.path / graph.file, graph, options.device), options)
+        file, device = model.path / graph.file, options.device
+        if device.partition(":")[0] == "openvino":
+            from detkit_onnx.openvino import OpenVinoSession
+
+            return GraphDetector(graph, model.classes, OpenVinoSession(file, graph, device), options)
+        return GraphDetector(graph, model.classes, Session(file, graph, device), options)
 
     def export(self, model: Model, format: str, to: Path) -> Path:
         from detkit_onnx import INT8
@@ -66,7 +70,7 @@ class Session:
         try:
             self._session = ort.InferenceSession(str(file), options, providers=wished)
         except Exception as error:  # its errors have no common class
-            raise UsageError(f"ONNX Runtime {ort.__version__} cannot open {file}: {_first_line(error)}") from error
+            raise UsageError(f"ONNX Runtime {ort.__version__} cannot open {file}: {first_line(error)}") from error
         if device != "auto" and wished[0][0] not in self._session.get_providers():  # it would go on with the next one
             raise UsageError(
                 f"ONNX Runtime {ort.__version__} cannot use {device}: {wished[0][0]} was not started; it needs a "
@@ -86,7 +90,7 @@ class Session:
             found: Sequence[NDArray[Any]] = self._session.run(self._outputs, dict(feed))
         except Exception as error:
             shapes = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in feed.items())
-            raise UsageError(f"{self._file} fails on {shapes}: {_first_line(error)}") from error
+            raise UsageError(f"{self._file} fails on {shapes}: {first_line(error)}") from error
         return found
 
 
@@ -120,12 +124,14 @@ def providers(device: str) -> list[Any]:
         names = [known for known, provider in _PROVIDERS.items() if provider in available]
         raise UsageError(
             f"this ONNX Runtime {ort.__version__} has no device {device!r}: it has {', '.join(['auto', *names])} "
-            f"({', '.join(available)}); CUDA and TensorRT come with onnxruntime-gpu, installed instead of onnxruntime"
+            f"({', '.join(available)}), and openvino; CUDA and TensorRT come with onnxruntime-gpu, installed instead "
+            "of onnxruntime"
         )
     numbered = {"device_id": number} if number and name != "cpu" else {}
     chosen: list[Any] = [(_PROVIDERS[name], numbered)]
     return chosen + [(_PROVIDERS[one], numbered if one == "cuda" else {}) for one in _BEHIND[name]]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says."""
     return next(iter(str(error).splitlines()), type(error).__name__)
