@@ -268,6 +268,29 @@ def test_used_directory_is_refused(tiny: Dataset, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs/other").iterdir()] == ["precious.txt"]
 
 
+LAID_OUT = """
+import sys
+from detkit.catalog import create_run
+from detkit.job import Job
+
+job = Job(backend="echo", engine="", model="memory", params={}, options={}, classes=[], versions={})
+print("ready", flush=True)
+sys.stdin.readline()
+print(*(create_run(job).path.name for _ in range(20)))
+"""
+
+
+def test_runs_without_a_name_that_begin_at_once_have_numbers_of_their_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LAID_OUT]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, **pipes) for _ in range(3)]  # type: ignore[call-overload]
+    for process in started:
+        assert process.stdout.readline() == "ready\n"
+    names = [name for process in started for name in process.communicate("go\n", timeout=60)[0].split()]
+    assert len(names) == len(set(names)) == 60
+    assert len(list((tmp_path / "runs").iterdir())) == 60
+
+
 def test_names_are_counted_up(tiny: Dataset) -> None:
     trainer = Trainer(model="echo/memory", epochs=1)
     names = [trainer.fit(tiny, tiny, quiet=True).name for _ in range(2)]

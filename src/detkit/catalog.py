@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 
 from detkit import plugins
-from detkit.errors import PluginError, UnknownName, UsageError
-from detkit.job import Workspace
+from detkit.errors import PluginError, RunExists, UnknownName, UsageError
+from detkit.job import Job, Workspace
 from detkit.runs import LocalRun, Run, RunRecord
 
 
@@ -28,6 +28,22 @@ def new_run_path(model: str, name: str | None = None) -> Path:
     stem = f"{time.strftime('%Y%m%d')}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model)}"
     taken = {path.name for path in runs_folder().glob(f"{stem}-*")}
     return runs_folder() / f"{stem}-{next(n for n in range(1, len(taken) + 2) if f'{stem}-{n}' not in taken)}"
+
+
+def create_run(job: Job, name: str | None = None) -> Workspace:
+    """Lay out the empty directory of a new run, see `new_run_path`. Raises `RunExists` for a name that is taken.
+
+    A run without a name takes the next number where another process takes its number at the same moment.
+    """
+    while True:
+        workspace = Workspace(new_run_path(job.model, name))
+        try:
+            workspace.create(job)
+        except RunExists:
+            if name is not None:
+                raise
+        else:
+            return workspace
 
 
 def open_run(name: str | Path) -> Run:

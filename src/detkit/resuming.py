@@ -77,8 +77,7 @@ def go_on(
         versions=plugins.versions(job.backend),
         continued_from=Continued(run=run.name, manifest=file_sha256(run.workspace.model / "detkit.json"), step=step),
     )
-    workspace = Workspace(catalog.new_run_path(job.model, name))
-    workspace.create(longer)
+    workspace = catalog.create_run(longer, name)
     try:
         place_all(run.workspace.path / "input/data", workspace.path / "input/data", but={"job"})
         for path in kept:

@@ -108,7 +108,7 @@ class Trainer:
     ) -> Run:
         """Start training and return at once; the worker goes on when this process ends, unless on a leash."""
         ready = self.prepare(train, val, test, name=name, **settings)
-        workspace = ready.lay_out(ready.path)
+        workspace = ready.fill(catalog.create_run(ready.job, ready.name))
         try:
             if ready.code is not None:
                 trust.remember(ready.code.digest)
@@ -235,17 +235,26 @@ class Ready:
 
     resolved: Resolved
     job: Job
-    path: Path
-    """Of the run directory, which is not there yet."""
+    name: str | None
+    """The run's, where it was given one."""
     gathered: Gathered
     told: list[str]
     parent: Model | None
     code: UserCode | None
 
+    @property
+    def path(self) -> Path:
+        """Of the run directory, if nobody takes its number before."""
+        return catalog.new_run_path(self.job.model, self.name)
+
     def lay_out(self, path: Path) -> Workspace:
-        """Make the run directory. Where that fails nothing stays of it."""
+        """Make a run directory that is named otherwise. Where that fails nothing stays of it."""
         workspace = Workspace(path)
         workspace.create(self.job)
+        return self.fill(workspace)
+
+    def fill(self, workspace: Workspace) -> Workspace:
+        """Bring data, weights and code into a new run directory. Where that fails nothing stays of it."""
         try:
             for channel, ready in self.gathered.prepared.items():
                 workspace.write_dataset(channel, ready.data, ready.image_digests)
@@ -297,8 +306,15 @@ def _make_ready(layers: Settings) -> Ready:
         code=code,
     )
     name = layers.get("name")
-    path = catalog.new_run_path(resolved.model, name.value if name else None)
-    return Ready(resolved=resolved, job=job, path=path, gathered=found, told=told, parent=parent, code=own_code)
+    return Ready(
+        resolved=resolved,
+        job=job,
+        name=name.value if name else None,
+        gathered=found,
+        told=told,
+        parent=parent,
+        code=own_code,
+    )
 
 
 def _with_auto_detections(params: Params, train: Dataset) -> Params:

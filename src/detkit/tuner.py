@@ -18,7 +18,7 @@ from detkit import catalog, plugins, trust
 from detkit.backends import Backend
 from detkit.data import Dataset
 from detkit.durations import seconds
-from detkit.errors import InvalidValue, UsageError
+from detkit.errors import InvalidValue, RunExists, UsageError
 from detkit.evaluation import evaluate_all
 from detkit.files import lock_file
 from detkit.formats.checks import prepare
@@ -267,7 +267,12 @@ class Tuner:
         if self._storage:
             with _alone(path):
                 return _joined(Study(path), record, ready) if is_study(path) else _laid_out(path, record, ready)
-        return _laid_out(path, record, ready)
+        try:
+            return _laid_out(path, record, ready)
+        except RunExists:
+            if name is not None:
+                raise
+            return self._open(ready, search, name)  # another process took its number at this moment
 
     def _go_on(
         self, study: Study, *, quiet: bool, ready: Ready | None = None, changes: Mapping[str, float] | None = None
