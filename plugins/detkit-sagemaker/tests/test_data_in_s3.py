@@ -114,6 +114,26 @@ def test_images_stay_where_they_lie(
     assert len(images_below(output)) == len(data), "as those of this machine travel, once"
 
 
+def test_the_built_in_reads_a_manifest_where_all_images_lie_in_s3(
+    aws: Simulator, data: Dataset, output: str, request: pytest.FixtureRequest
+) -> None:
+    """And packs where some lie here, or are without boxes, as jobs have failed on manifests with such."""
+    full = data.take([position for position, boxes in enumerate(data.boxes_per_image()) if boxes])
+    place = f"s3://{aws.bucket}/{request.node.name}/full"
+    detkit.write_dataset(full, place)
+    trained = trainer(aws, output, BUILTIN)
+    assert told(trained.plan(place, place).notes) == [
+        "14 images (0.1 MB) stay where they lie in S3: 0 bytes of them are uploaded"
+    ]
+    assert trained.fit(place, place, name="there", quiet=True).status == "finished"
+    assert images_below(output) == []
+    (_, request_there) = aws.created[-1]
+    kinds = {one["DataSource"]["S3DataSource"]["S3DataType"] for one in request_there["InputDataConfig"]}
+    assert kinds == {"AugmentedManifestFile"}
+    (packed,) = told(trained.plan(place, full).notes)
+    assert packed.startswith("train: 7 images (0.1 MB) in S3 are packed anew and uploaded")
+
+
 @pytest.mark.parametrize("settings", [{**BUILTIN, "data_format": "json"}, JUMPSTART], ids=["json", "jumpstart"])
 def test_images_are_copied_within_s3_where_another_folder_is_needed(
     settings: Mapping[str, Any], aws: Simulator, data: Dataset, place: str, output: str

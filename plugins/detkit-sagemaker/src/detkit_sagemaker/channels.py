@@ -132,6 +132,17 @@ def _named(name: str, prefix: str, objects: Sequence[str], folder: Path) -> Stag
     return Staged(name=name, bundle=bundle, file=_NAMED, data_type="ManifestFile", input_mode="File")
 
 
+def usual_format(workspace: Workspace) -> DataFormat:
+    """Return how the built-in algorithm has its data where nobody chooses: a manifest where all images lie in S3.
+
+    Else packs; also where an image has no boxes, as jobs have failed on manifests with such.
+    """
+    for name, data in _parts(workspace, needs_validation=False).items():
+        if len(_in_s3(workspace, name)) < len(data) or not data.boxes_per_image().all():
+            return "recordio"
+    return "manifest"
+
+
 def for_builtin(
     workspace: Workspace, folder: Path, data_format: DataFormat, root: str
 ) -> tuple[list[Staged], list[str]]:

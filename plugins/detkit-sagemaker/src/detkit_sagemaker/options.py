@@ -81,11 +81,12 @@ class SagemakerOptions(AccountOptions, frozen=True, kw_only=True):
         Meta(description="file: data is copied first; fastfile: read as needed; pipe: streamed (built-in only)"),
     ] = "file"
     data_format: Annotated[
-        Literal["recordio", "json", "manifest"],
+        Literal["recordio", "json", "manifest"] | None,
         Meta(
-            description="built-in only: packs, images with a JSON file each, or an augmented manifest that is streamed"
+            description="built-in only: packs, images with a JSON file each, or an augmented manifest that is "
+            "streamed; where none, packs, and a manifest for images that all lie in S3 already"
         ),
-    ] = "recordio"
+    ] = None
     spot: Annotated[
         bool, Meta(description="spot capacity: cheaper, may be interrupted, goes on from the last checkpoint")
     ] = False

@@ -290,7 +290,7 @@ def _starts_from(given: _Common) -> tuple[dict[str, Any], list[Staged]]:
 def _builtin(given: _Common) -> Submission:
     params = msgspec.convert(given.job.params, builtin.ObjectDetectionParams)
     parent = _parent(given.workspace)
-    form = given.options.data_format
+    form = given.options.data_format or channels.usual_format(given.workspace)
     parts = {name: data for name in ("train", "validation") if (data := given.workspace.dataset(name)) is not None}
     concerns = [*preflight.builtin_image(given.aws.region), *preflight.builtin_data(params, parts, form)]
     if parent is not None:
