@@ -360,6 +360,10 @@ def test_local_lets_go_wrong_what_is_asked_for(tmp_path: Path) -> None:
         ("trottle=3", "no fault 'trottle'; did you mean 'throttle'?"),
         ("throttle=0", "expected throttle or throttle=3"),
         ("refuse=CreateEndpoint", "expected refuse=CreateEndpoint:ResourceLimitExceeded"),
+        (
+            "refuse=CreateEndpont:ResourceLimitExceeded",
+            "no operation of AWS 'CreateEndpont'; did you mean 'CreateEndpoi",
+        ),
         ("quota=3", "expected quota=ml.g4dn.xlarge for training job usage:0"),
         ("slow=soon", "expected slow=0.5"),
         ("expire-tokens=1", "expected expire-tokens"),

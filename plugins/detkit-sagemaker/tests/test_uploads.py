@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
 
-from detkit.errors import StorageError
+from detkit.errors import DetkitWarning, StorageError, UsageError
 from detkit_sagemaker import preflight, uploads
 from detkit_sagemaker.aws import Aws, AwsError, explained
+from detkit_sagemaker.ledger import Ledger
 from detkit_sagemaker.options import SagemakerOptions
 from detkit_sagemaker.testing import Simulator
 
@@ -41,9 +51,115 @@ def test_only_what_is_missing_travels_and_is_encrypted(simulator: Simulator, tmp
 def test_files_in_s3_are_copied_there(simulator: Simulator) -> None:
     aws, root = Aws(), f"s3://{simulator.bucket}/detkit"
     uploads.put(aws, f"s3://{simulator.bucket}/theirs/x.jpg", b"pixels")
-    files = uploads.Bundle((uploads.File("x.jpg", f"s3://{simulator.bucket}/theirs/x.jpg", "0" * 64, 6),))
+    digest = hashlib.sha256(b"pixels").hexdigest()
+    files = uploads.Bundle((uploads.File("x.jpg", f"s3://{simulator.bucket}/theirs/x.jpg", digest, 6),))
     assert uploads.total([(files, files.missing(aws, root))])["bytes"] == 0
     assert dict(uploads.objects(aws, files.upload(aws, root))) == {"x.jpg": 6}
+
+
+@pytest.mark.parametrize("known_by", ["sha256", "etag"])
+def test_a_file_that_is_another_one_by_now_is_not_copied(simulator: Simulator, tmp_path: Path, known_by: str) -> None:
+    """Nor taken for the right one the next time, although it has its size."""
+    aws, root, source = Aws(), f"s3://{simulator.bucket}/detkit", f"s3://{simulator.bucket}/theirs/x.jpg"
+
+    def write(content: bytes) -> str:
+        uploads.put(aws, source, content)
+        return str(aws.client("s3").head_object(Bucket=simulator.bucket, Key="theirs/x.jpg")["ETag"])
+
+    etag = write(b"pixels") if known_by == "etag" else ""
+    file = uploads.File("x.jpg", source, hashlib.sha256(b"pixels").hexdigest(), 6, etag=etag)
+    write(b"pixelz")
+    files = uploads.Bundle((file,))
+    with pytest.raises(UsageError, match=r"theirs/x.jpg is another image than when it was looked at"):
+        files.upload(aws, root)
+    assert len(files.missing(aws, root)) == 1
+    write(b"pixels")
+    url = files.upload(aws, root)
+    uploads.get(aws, f"{url}x.jpg", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"pixels"
+
+
+SEND = """
+import sys
+import time
+from pathlib import Path
+from detkit_sagemaker import uploads
+from detkit_sagemaker.aws import Aws
+uploads.Bundle.of(Path(sys.argv[1])).upload(Aws(), sys.argv[2])
+"""
+
+
+def parts_in(bucket: str) -> list[dict[str, Any]]:
+    """Return the uploads in parts that S3 takes for being under way."""
+    return list(boto3.client("s3").list_multipart_uploads(Bucket=bucket).get("Uploads", []))
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A folder with a file that travels in parts."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "pack.rec").write_bytes(bytes(17 * 1024 * 1024))
+    return folder
+
+
+def be_killed(simulator: Simulator, folder: Path, root: str, when: str, operation: str) -> None:
+    """Let a process send a folder that is killed at a call."""
+    with subprocess.Popen([sys.executable, "-c", SEND, str(folder), root], env=dict(os.environ)) as process:
+        getattr(simulator.faults, f"crash_{when}")(operation, process.kill)
+        assert process.wait(timeout=60) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("when", "operation"), [("after", "CreateMultipartUpload"), ("before", "UploadPart"), ("after", "UploadPart")]
+)
+def test_parts_of_a_file_whose_sender_was_killed_do_not_stay(
+    simulator: Simulator, large: Path, when: str, operation: str
+) -> None:
+    aws, root = Aws(), f"s3://{simulator.bucket}/detkit"
+    be_killed(simulator, large, root, when, operation)
+    assert len(parts_in(simulator.bucket)) == 1
+    (begun,) = Ledger.of(aws).pending()
+    assert (begun.kind, begun.is_abandoned) == ("upload", True)
+    files = uploads.Bundle.of(large)
+    assert dict(uploads.objects(aws, files.upload(aws, root))) == {"pack.rec": 17 * 1024 * 1024}
+    assert parts_in(simulator.bucket) == []
+    assert Ledger.of(aws).pending() == []
+
+
+def test_what_others_are_sending_goes_on(simulator: Simulator, large: Path) -> None:
+    """That of a living process, one of another time, and another file's; what may not be cleared is kept in mind."""
+    aws, root = Aws(), f"s3://{simulator.bucket}/detkit"
+    be_killed(simulator, large, root, "after", "CreateMultipartUpload")
+    (left,) = parts_in(simulator.bucket)
+    begun = Ledger.of(aws).path.read_text().split("\n\n")[-1]
+    s3 = boto3.client("s3")
+    other = s3.create_multipart_upload(Bucket=simulator.bucket, Key=left["Key"] + "-and-more")
+    simulator.faults.refuse("ListMultipartUploads", "AccessDenied", status=403)
+    with pytest.warns(DetkitWarning, match=r"s3:ListBucketMultipartUploads(.|\n)*parts of a file .* stay there"):
+        uploads.clear_abandoned(aws)
+    ledger, place = Ledger.of(aws), f"s3://{simulator.bucket}/{left['Key']}"
+    ledger.creating("upload", f"{place}#mine")
+    uploads.clear_abandoned(aws)
+    assert len(parts_in(simulator.bucket)) == 2, "this process may be sending the same file"
+    ledger.gone("upload", f"{place}#mine")
+    uploads.clear_abandoned(aws)
+    assert [one["UploadId"] for one in parts_in(simulator.bucket)] == [other["UploadId"]]
+    assert ledger.pending() == []
+    theirs = s3.create_multipart_upload(Bucket=simulator.bucket, Key=left["Key"])
+    line = {**json.loads(begun), "t": time.time() - 3600}
+    ledger.path.write_text(json.dumps(line))
+    uploads.clear_abandoned(aws)
+    assert theirs["UploadId"] in {one["UploadId"] for one in parts_in(simulator.bucket)}
+
+
+def test_a_file_that_is_not_sent_whole_is_cleared_when_its_process_is_over(simulator: Simulator, large: Path) -> None:
+    aws, root = Aws(), f"s3://{simulator.bucket}/detkit"
+    simulator.faults.refuse("UploadPart", "AccessDenied", times=9, status=403)
+    with pytest.raises(AwsError):
+        uploads.Bundle.of(large).upload(aws, root)
+    assert parts_in(simulator.bucket) == [], "boto3 has cleared it"
+    assert [one.kind for one in Ledger.of(aws).pending()] == ["upload"]
 
 
 def test_trouble_of_this_machine_is_told_as_such(simulator: Simulator, tmp_path: Path) -> None:

@@ -151,8 +151,18 @@ from detkit.images import read_image
 from detkit_sagemaker.options import TransformOptions
 from detkit_sagemaker.rescoring import transform
 
-role, image, folder = sys.argv[1:]
+role, image, folder, place = sys.argv[1:]
 data = detkit.read_dataset(folder)
+paid = {"backend": "sagemaker", "role": role, "yes": True}
+built_in = {"model": "object-detection", "mini_batch_size": 4, "epochs": 1}
+if place:  # images that s3fs reads, and leaves there
+    detkit.write_dataset(data, place)
+    detkit.Trainer(**paid, **built_in, data_format="manifest").fit(place, place, name="there", quiet=True)
+ssd = detkit.Trainer(**paid, **built_in).fit(data, data, name="ssd", quiet=True)
+transform(ssd.model, data, TransformOptions(role=role, yes=True))
+detkit.Trainer(**paid, model=JUMPSTART, epochs=1).fit(data, data, name="js", quiet=True)
+search = {"space": {"learning_rate": detkit.Float(0.01, 0.5, log=True)}, "trials": 2, "parallel": 2}
+detkit.Tuner(detkit.Trainer(**paid, **built_in), **search).fit(data, data, name="search", quiet=True)
 trainer = detkit.Trainer(backend="sagemaker", model="echo/memory", role=role, image_uri=image, yes=True)
 trainer.plan(data, data)
 run = trainer.fit(data, data, name="heard", quiet=True)
@@ -180,7 +190,9 @@ talks to there."""
 
 
 def test_nobody_else_is_talked_to(aws: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plan, training, transform, endpoint and clean-up: what runs here, and in the containers, knows one address."""
+    """Plan, training in all three ways, search, transform, endpoint and clean-up: what runs here, and in the
+    containers, knows one address.
+    """
     (tmp_path / "hook").mkdir()
     heard_in = (
         f"HEARD = {str(tmp_path / 'heard')!r}\n"  # containers get PYTHONPATH, and no variable that they do not know
@@ -188,8 +200,10 @@ def test_nobody_else_is_talked_to(aws: Simulator, tmp_path: Path, monkeypatch: p
     (tmp_path / "hook" / "sitecustomize.py").write_text(heard_in + LISTENS)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'hook'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     detkit.write_dataset(tiny_dataset(tmp_path / "pictures"), tmp_path / "coco")
-    words = [aws.role, aws.image("detkit:latest"), str(tmp_path / "coco")]
-    done = subprocess.run([sys.executable, "-c", WHOLE_WAY, *words], capture_output=True, text=True, check=False)
+    place = f"s3://{aws.bucket}/pictures" if importlib.util.find_spec("s3fs") else ""
+    words = [aws.role, aws.image("detkit:latest"), str(tmp_path / "coco"), place]
+    script = f"JUMPSTART = {JUMPSTART!r}\n{WHOLE_WAY}"
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
     assert done.stdout.endswith("done\n"), done.stderr
     heard = [line.split("\t") for line in (tmp_path / "heard").read_text().splitlines()]
     url = urlsplit(aws.url)

@@ -66,9 +66,7 @@ def build_there(aws: Aws, plan: BuildPlan, root: str, tell: Tell, role: str | No
     source = f"{root}/images/{plan.digest[:32]}.zip"
     uploads.ensure_bucket(aws, root)
     with tempfile.TemporaryDirectory(prefix="detkit-image-") as folder:
-        archive, (bucket, key) = plan.pack(Path(folder) / "context.zip"), uploads.split(source)
-        with explained(f"writing {source} (s3:PutObject)"):
-            aws.client("s3").upload_file(str(archive), bucket, key)
+        uploads.put_file(aws, source, plan.pack(Path(folder) / "context.zip"))
     project = plan.project_request(name=PROJECT, role=role, tags=_TAGS)
     where = {"type": "S3", "location": source.removeprefix("s3://"), "buildspec": plan.buildspec}
     resources.ensure(aws, "project", {**project, "source": where})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from detkit.backends import Endpoint
 from detkit.errors import DetkitWarning, Unsupported, UsageError
-from detkit_sagemaker import answers, creating, hosting, pricing, resources
+from detkit_sagemaker import answers, creating, hosting, pricing, resources, uploads
 from detkit_sagemaker.answers import Answers
 from detkit_sagemaker.aws import Aws, AwsError, explained
 from detkit_sagemaker.invoking import MOST_BYTES, MOST_BYTES_SERVERLESS, EndpointDetector
@@ -174,8 +174,8 @@ def remove(aws: Aws, names: Sequence[str] | None = None, *, expired: bool = Fals
     """Remove endpoints with all that was made for them, and return the names of which anything was there.
 
     Those named; or with ``expired`` all whose time is over; or else all of whoever the credentials are. Without names,
-    also what is left over: of deployments and transforms that ended half-way here, and of what others left more than
-    an hour ago. What is gone already is no error. Raises `UsageError` for an endpoint that is not detkit's.
+    also what is left over: of deployments, transforms and uploads that ended half-way here, and of what others left
+    more than an hour ago. What is gone already is no error. Raises `UsageError` for an endpoint that is not detkit's.
     """
     ledger = Ledger.of(aws)
     if names:
@@ -202,6 +202,7 @@ def remove(aws: Aws, names: Sequence[str] | None = None, *, expired: bool = Fals
             if jobs := going_on(aws, kind):
                 told = f"{kind.noun}s that were begun here go on: {', '.join(jobs)}"
                 warnings.warn(f"{told}; `{command}`", DetkitWarning, stacklevel=2)
+    uploads.clear_abandoned(aws)
     alive = {one.name for one in there}
     names = [*(one.name for one in doomed), *_left_over(aws, ledger, alive)]
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Kind: TypeAlias = Literal[
     "schedule", "model", "endpoint-config", "endpoint", "transform-job", "training-job", "tuning-job",
-    "bucket", "repository", "project", "role", "policy",
+    "bucket", "repository", "project", "role", "policy", "upload",
 ]  # fmt: skip
 
 

@@ -71,7 +71,14 @@ class Policies:
         """Data, models and results in the bucket, and the logs of containers."""
         bucket = f"arn:{self.partition}:s3:::{self.bucket}"
         return [
-            _allow("DetkitBucket", ["s3:CreateBucket", "s3:GetBucketLocation", "s3:ListBucket"], [bucket]),
+            _allow(
+                "DetkitBucket",
+                [
+                    *("s3:CreateBucket", "s3:GetBucketLocation"),
+                    *("s3:ListBucket", "s3:ListBucketMultipartUploads"),
+                ],
+                [bucket],
+            ),
             _allow(
                 "DetkitObjects",
                 ["s3:AbortMultipartUpload", "s3:GetObject", "s3:PutObject"],

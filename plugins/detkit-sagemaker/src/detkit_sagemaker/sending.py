@@ -85,7 +85,7 @@ def _in_s3(aws: Aws, url: str, path: str, kind: Kind, folder: Path) -> tuple[Sen
         begin = client.get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{size - 1}")["Body"].read() if size else b""
     digest = hashlib.sha256(f"{url}\n{head['ETag']}\n{head['ContentLength']}".encode()).hexdigest()
     name = digest + PurePosixPath(key).suffix.lower()
-    file = uploads.File(name, url, digest, head["ContentLength"])
+    file = uploads.File(name, url, digest, head["ContentLength"], etag=head["ETag"])
     here = Path(path)
     known = file_sha256(here) if here.is_file() else ""
     if kind == "detkit":

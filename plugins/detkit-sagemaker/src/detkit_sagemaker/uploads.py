@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import secrets
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,14 +14,22 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from detkit.errors import UsageError
+from detkit.errors import DetkitWarning, UsageError
 from detkit.files import file_sha256
 from detkit.progress import track
 from detkit_sagemaker import resources
-from detkit_sagemaker.aws import Aws, code_of, explained
+from detkit_sagemaker.aws import Aws, AwsError, code_of, explained
+from detkit_sagemaker.ledger import Entry, Ledger
 
 _AT_ONCE = 8
 _MISSING = {"404", "NoSuchBucket", "NotFound"}
+
+_IN_PARTS = 8 * 1024 * 1024
+"""Bytes from which a file travels in parts (boto3's own default). S3 keeps, unseen, what was sent of one that was
+killed, and bills it."""
+
+_BEGUN_WITHIN_S = 600.0
+"""So far from its line in the ledger an upload may have begun at S3: calls are tried again, and clocks differ."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,10 @@ class File:
     source: Path | str
     """A file here, or the ``s3://`` URL of one that is copied over there and does not travel."""
     sha256: str
+    """Of its content; of whatever names that where ``etag`` does."""
     bytes: int
+    etag: str = ""
+    """S3's own of a file that lies there and was never read here."""
 
 
 @dataclass(frozen=True)
@@ -77,20 +91,13 @@ class Bundle:
         The same files are there already; where one of them is another, all of the set travel once more.
         """
         url, missing = self.url(root), self.missing(aws, root)
-        s3 = aws.client("s3")
-        bucket, prefix = split(url)
-        encrypted = _encrypted(kms_key)
+        clear_abandoned(aws)
 
         def bring(file: File) -> None:
-            key = f"{prefix}{file.name}"
             if isinstance(file.source, str):
-                source = dict(zip(("Bucket", "Key"), split(file.source), strict=True))
-                untagged = {**encrypted, "TaggingDirective": "REPLACE"}  # tags would need permissions of their own
-                with explained(f"copying {file.source} to s3://{bucket}/{key} (s3:GetObject, s3:PutObject)"):
-                    s3.copy(source, bucket, key, ExtraArgs=untagged)
+                _copy(aws, file, url + file.name, kms_key)
             else:
-                with explained(f"writing s3://{bucket}/{key} (s3:PutObject)"):
-                    s3.upload_file(str(file.source), bucket, key, ExtraArgs=encrypted)
+                _send(aws, url + file.name, file.source, kms_key)
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             running = [pool.submit(bring, file) for file in missing]
@@ -134,9 +141,89 @@ def put(aws: Aws, url: str, body: bytes, kms_key: str | None = None) -> None:
 
 def put_file(aws: Aws, url: str, source: Path, kms_key: str | None = None) -> None:
     """Write a file, in parts where it is large."""
+    clear_abandoned(aws)
+    _send(aws, url, source, kms_key)
+
+
+def clear_abandoned(aws: Aws) -> None:
+    """Remove what S3 keeps of files that processes of this machine, which are no more, were sending in parts.
+
+    Warns where that is refused, and the ledger keeps it for later.
+    """
+    ledger = Ledger.of(aws)
+    begun = [entry for entry in ledger.pending() if entry.kind == "upload"]
+    sent_now = {_place(entry) for entry in begun if not entry.is_abandoned}
+    for entry in begun:
+        if entry.is_abandoned and _place(entry) not in sent_now:
+            try:
+                _clear(aws, entry)
+            except AwsError as error:
+                told = f"{error}; parts of a file that was not sent whole stay there, and are billed"
+                warnings.warn(told, DetkitWarning, stacklevel=2)
+            else:
+                ledger.gone("upload", entry.name)
+
+
+def _send(aws: Aws, url: str, source: Path, kms_key: str | None) -> None:
+    """Write a file. While it travels in parts, the ledger has a line, which an upload that fails leaves there."""
+    from boto3.s3.transfer import TransferConfig
+
     bucket, key = split(url)
+    in_parts, name = source.stat().st_size >= _IN_PARTS, f"{url}#{secrets.token_hex(4)}"
+    if in_parts:
+        Ledger.of(aws).creating("upload", name)
     with explained(f"writing {url} (s3:PutObject)"):
-        aws.client("s3").upload_file(str(source), bucket, key, ExtraArgs=_encrypted(kms_key))
+        how = TransferConfig(multipart_threshold=_IN_PARTS)
+        aws.client("s3").upload_file(str(source), bucket, key, ExtraArgs=_encrypted(kms_key), Config=how)
+    if in_parts:
+        Ledger.of(aws).gone("upload", name)
+
+
+def _copy(aws: Aws, file: File, url: str, kms_key: str | None) -> None:
+    """Copy within S3 what is there still as it was looked at, by S3's ETag or the sum that it makes.
+
+    Raises `UsageError` where it is another file by now.
+    """
+    bucket, key = split(url)
+    request = {
+        "CopySource": dict(zip(("Bucket", "Key"), split(str(file.source)), strict=True)),
+        "Bucket": bucket,
+        "Key": key,
+        "TaggingDirective": "REPLACE",  # tags would need permissions of their own
+        **_encrypted(kms_key),
+        **({"CopySourceIfMatch": file.etag} if file.etag else {"ChecksumAlgorithm": "SHA256"}),
+    }
+    changed = UsageError(f"{file.source} is another image than when it was looked at; begin anew")
+    try:
+        with explained(f"copying {file.source} to {url} (s3:GetObject, s3:PutObject)"):
+            done = aws.client("s3").copy_object(**request)["CopyObjectResult"]
+    except AwsError as error:
+        if error.code == "PreconditionFailed":
+            raise changed from error
+        raise
+    if not file.etag and base64.b64decode(done["ChecksumSHA256"]).hex() != file.sha256:
+        put(aws, url, b"", kms_key)  # of another size, so it is not taken for the image later
+        raise changed
+
+
+def _place(entry: Entry) -> str:
+    return entry.name.rpartition("#")[0]
+
+
+def _clear(aws: Aws, entry: Entry) -> None:
+    """Abort what S3 has of an upload; one that others began at another time stays. Raises `AwsError`."""
+    bucket, key = split(_place(entry))
+    s3 = aws.client("s3")
+    needed = "s3:ListBucketMultipartUploads, s3:AbortMultipartUpload"
+    try:
+        with explained(f"clearing what was left of {_place(entry)} ({needed})"):
+            for page in s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=key):
+                for upload in page.get("Uploads", ()):
+                    if upload["Key"] == key and abs(upload["Initiated"].timestamp() - entry.t) < _BEGUN_WITHIN_S:
+                        s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload["UploadId"])
+    except AwsError as error:
+        if error.code not in {*_MISSING, "NoSuchUpload"}:
+            raise
 
 
 def _encrypted(kms_key: str | None) -> dict[str, str]:

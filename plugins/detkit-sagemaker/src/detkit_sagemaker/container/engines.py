@@ -28,11 +28,11 @@ def find(name: str, engine: str) -> LocalBackend:
     if found.engine != engine:
         raise UsageError(
             f"the engine {engine!r} is asked for, and that of backend {name!r} in this image is {found.engine!r}; "
-            f"nothing else is run. {_build(name)}"
+            f"nothing else is run. {_build(name, found)}"
         )
     if found.missing():
         raise PluginError(
-            f"this image lacks {', '.join(found.missing())}, which backend {name!r} needs. {_build(name)}"
+            f"this image lacks {', '.join(found.missing())}, which backend {name!r} needs. {_build(name, found)}"
         )
     return found
 
@@ -60,5 +60,6 @@ def check(names: Sequence[str]) -> int:
     return 3 if failed else 0
 
 
-def _build(name: str) -> str:
-    return f"make an image that fits: `detkit sagemaker build-image --with {name}`, and name it with image_uri"
+def _build(name: str, backend: LocalBackend | None = None) -> str:
+    source = " --source PATH" if backend and backend.environment and backend.environment.checkout else ""
+    return f"make an image that fits: `detkit sagemaker build-image --with {name}{source}`, and name it with image_uri"

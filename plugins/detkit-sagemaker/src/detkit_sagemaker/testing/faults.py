@@ -9,6 +9,11 @@ from collections.abc import Callable, Mapping
 
 from detkit.errors import InvalidValue, UnknownName
 from detkit_sagemaker.testing.refusals import Refused
+from detkit_sagemaker.testing.validation import service_model
+
+_SERVICES = ("sagemaker", "sagemaker-runtime", "s3", "logs", "scheduler", "ecr", "sts", "iam", "codebuild",
+             "service-quotas")  # fmt: skip
+"""Whose operations can be named, the most asked for first: reading the model of a service takes a while."""
 
 
 @dataclasses.dataclass
@@ -56,8 +61,9 @@ class Faults:
     ) -> None:
         """Refuse the next ``times`` calls of an operation, e.g. ``refuse("CreateEndpoint", "ResourceLimitExceeded")``.
 
-        The operation has AWS's name and may belong to any service, S3's ``PutObject`` for one.
+        The operation has AWS's name and may belong to any service, S3's ``PutObject`` for one. Raises `UnknownName`.
         """
+        _require_operation(operation)
         with self._lock:
             self._refusals.append(_Refusal(operation, code, message or f"{operation} is refused", times, status))
 
@@ -102,13 +108,15 @@ class Faults:
     def crash_before(self, operation: str, callback: Callable[[], None] | None = None) -> None:
         """Call ``callback`` when the next call of an operation arrives, before it does anything.
 
-        None: the connection is dropped without an answer. A callback may kill the client.
+        None: the connection is dropped without an answer. A callback may kill the client. Raises `UnknownName`.
         """
+        _require_operation(operation)
         with self._lock:
             self._crashes["before", operation] = callback
 
     def crash_after(self, operation: str, callback: Callable[[], None] | None = None) -> None:
         """Like `crash_before`, after the operation has been done and before its answer is sent."""
+        _require_operation(operation)
         with self._lock:
             self._crashes["after", operation] = callback
 
@@ -186,6 +194,13 @@ class Faults:
         """Return the value of a service quota."""
         with self._lock:
             return self._quotas.get(name, default)
+
+
+def _require_operation(name: str) -> None:
+    """Raise `UnknownName` for what is no operation of AWS: nothing would ever go wrong."""
+    if not any(name in service_model(service).operation_names for service in _SERVICES):
+        known = {operation for service in _SERVICES for operation in service_model(service).operation_names}
+        raise UnknownName("operation of AWS", name, sorted(known))
 
 
 _TIMES, _SECONDS = r"([1-9]\d*)?", r"(\d+(?:\.\d+)?)"

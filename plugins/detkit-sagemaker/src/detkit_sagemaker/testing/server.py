@@ -20,6 +20,7 @@ from detkit_sagemaker.testing.hub import Hub
 from detkit_sagemaker.testing.listing import page
 from detkit_sagemaker.testing.refusals import Exists, NotFound, Refused, rendered
 from detkit_sagemaker.testing.schedules import CHANGING, Schedules
+from detkit_sagemaker.testing.storage import Begun
 from detkit_sagemaker.testing.training import TrainingJobs
 from detkit_sagemaker.testing.transform import TransformJobs
 from detkit_sagemaker.testing.tuning import TuningJobs
@@ -39,9 +40,11 @@ _S3_OPERATIONS = {
     ("DELETE", False): "DeleteBucket",
 }
 _S3_OPERATIONS_BY_QUERY = {
-    ("PUT", "partNumber="): "UploadPart",
+    ("PUT", "partNumber"): "UploadPart",
     ("POST", "uploads"): "CreateMultipartUpload",
-    ("POST", "uploadId="): "CompleteMultipartUpload",
+    ("GET", "uploads"): "ListMultipartUploads",
+    ("POST", "uploadId"): "CompleteMultipartUpload",
+    ("DELETE", "uploadId"): "AbortMultipartUpload",
     ("POST", "delete"): "DeleteObjects",
 }
 _SCHEDULE_OPERATIONS = {
@@ -109,6 +112,7 @@ class Endpoint:
             if hasattr(part, method)
         }
         self.schedules = Schedules(account, self.perform)
+        self._begun = Begun()
         self._lock = threading.Lock()
         self.created: list[tuple[str, Json]] = []
         self.calls: list[str] = []
@@ -217,6 +221,8 @@ class Endpoint:
         if changing:
             request = _body(environ)
             self.schedules.check(request)
+        if wanted := environ.get("HTTP_X_AMZ_COPY_SOURCE_IF_MATCH"):
+            self._account.storage.require_etag(unquote(environ["HTTP_X_AMZ_COPY_SOURCE"]), wanted)
         seen: list[str] = []
 
         def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
@@ -224,6 +230,8 @@ class Endpoint:
             return start_response(status, headers, *more)
 
         answer = self._by_moto(environ, start)
+        if operation in Begun.TOLD_OF:
+            answer = [self._begun.heard(operation, b"".join(answer))]
         if changing and seen and seen[0].startswith("2"):
             if operation == "CreateSchedule":
                 self._note(operation, json.loads(request))
@@ -250,7 +258,7 @@ def _send(
 def _operation(environ: Environ, service: str) -> str:
     """Return AWS's name of the operation that is called, as well as it can be told; else the HTTP method."""
     method: str = environ["REQUEST_METHOD"]
-    path, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
+    path, query = environ.get("PATH_INFO", ""), parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
     if target := environ.get("HTTP_X_AMZ_TARGET"):
         return str(target).split(".")[-1]
     if service == "sagemaker":

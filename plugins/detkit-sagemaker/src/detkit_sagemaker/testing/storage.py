@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tarfile
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from detkit_sagemaker.testing.refusals import Refused
+
+_UPLOAD_ID = re.compile(rb"<UploadId>(?P<id>[^<]+)</UploadId>")
+_UPLOAD = re.compile(rb"(?P<before>" + _UPLOAD_ID.pattern + rb".*?<Initiated>)(?P<time>[^<]*)", re.DOTALL)
 
 
 class Item(NamedTuple):
@@ -86,6 +91,12 @@ class Storage:
         except ClientError as error:
             raise Refused(f"No S3 object found at s3://{bucket}/{key}") from error
 
+    def require_etag(self, source: str, etag: str) -> None:
+        """Raise `Refused` where an object, ``bucket/key``, is another one by now; moto does not look."""
+        bucket, _, key = source.lstrip("/").partition("/")
+        if self._s3.head_object(Bucket=bucket, Key=key)["ETag"] != etag:
+            raise Refused("At least one of the pre-conditions you specified did not hold", "PreconditionFailed", 412)
+
     def read(self, uri: str) -> bytes:
         """Return an object's bytes. Raises `Refused` where it is missing."""
         from botocore.exceptions import ClientError
@@ -131,6 +142,24 @@ class Storage:
         for file in sorted(folder.rglob("*")):
             if file.is_file():
                 self.upload(file, f"{uri.rstrip('/')}/{file.relative_to(folder).as_posix()}")
+
+
+class Begun:
+    """When each upload in parts began: moto names one day of 2010 for all of them."""
+
+    TOLD_OF = ("CreateMultipartUpload", "ListMultipartUploads")
+
+    def __init__(self) -> None:
+        self._times: dict[bytes, bytes] = {}
+
+    def heard(self, operation: str, answer: bytes) -> bytes:
+        """Take moto's answer, and return what AWS would say."""
+        if operation == "ListMultipartUploads":
+            return _UPLOAD.sub(lambda found: found["before"] + self._times.get(found["id"], found["time"]), answer)
+        if found := _UPLOAD_ID.search(answer):
+            now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+            self._times[found["id"]] = now.replace("+00:00", "Z").encode()
+        return answer
 
 
 def split(uri: str) -> tuple[str, str]:
