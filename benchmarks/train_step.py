@@ -6,7 +6,7 @@ included, with the same network, batch, input size, flips and optimizer. Each ha
 few steps in turn (A B A B ...), so that a busy machine slows both; what is quoted is the ratio of medians of wall time,
 and of processor time over all threads. Memory is the most that a process ever had, torch itself included.
 
-    python benchmarks/train_step.py [--model ssd_tiny ...] [--heavy] [--amp bf16] [--switches] [--rounds 6]
+    python benchmarks/train_step.py [--model ssd_tiny ...] [--heavy] [--amp bf16] [--compile] [--switches] [--rounds 6]
 
 ``--amp bf16`` measures both loops in bf16 too; ``--switches`` measures what each thing that detkit does is worth, and
 what the model's own augmentations, clipping and average cost.
@@ -80,6 +80,8 @@ class Contender:
     """Whether decoded images are kept."""
     num_workers: int | str = "auto"
     """Threads that load images."""
+    compiled: bool = False
+    """Whether the backbone is compiled, which takes a minute or two that do not count."""
     own_recipe: bool = False
     """Whether images are changed as the model's defaults say, gradients clipped and weights averaged."""
 
@@ -153,7 +155,7 @@ def detkit_steps(data: Dataset, one: Contender, folder: Path) -> Iterator[int]:
         engine="",
         model=one.model,
         params=to_builtins(params),
-        options=to_builtins(TorchvisionOptions(num_workers=one.num_workers)),
+        options=to_builtins(TorchvisionOptions(num_workers=one.num_workers, compile=one.compiled)),
         classes=list(data.classes),
     )
     if not one.cache:
@@ -258,6 +260,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=CASES | HEAVY)
     parser.add_argument("--heavy", action="store_true", help="the large models too")
     parser.add_argument("--amp", choices=["bf16"], help="rows in half precision too")
+    parser.add_argument("--compile", action="store_true", help="rows with a compiled backbone, too")
     parser.add_argument("--switches", action="store_true", help="rows for what each switch is worth")
     parser.add_argument("--batch", type=int, help="instead of each model's")
     parser.add_argument("--rounds", type=int, default=6)
@@ -279,6 +282,8 @@ def main() -> None:
             ours = Contender(model, size, args.batch or batch)
             plain = replace(ours, plain=True, allocator=False)
             contenders = {"plain": plain, "detkit": ours}
+            if args.compile:
+                contenders["detkit compiled"] = replace(ours, compiled=True)
             if args.amp:
                 contenders |= {"detkit bf16": replace(ours, amp=args.amp), "plain bf16": replace(plain, amp=args.amp)}
             compare(model, contenders, images, args.rounds)
