@@ -63,8 +63,7 @@ more = built_in(epochs=1)
 more.train(input_data_config=[*CHANNELS, parent])
 seen["trained on"] = more._latest_training_job.refresh().training_job_status
 
-# The SDK has JumpStart's containers run a script of its own at /opt/ml, which only a container has: the job is not
-# waited for.
+# The SDK has JumpStart's containers run a script of its own at /opt/ml; without one the job fails, and is not waited for.
 ready = ModelTrainer.from_jumpstart_config(
     jumpstart_config=JumpStartConfig(model_id="mxnet-od-ssd-512-resnet50-v1-coco"),
     base_job_name="jumpstart",
@@ -72,8 +71,10 @@ ready = ModelTrainer.from_jumpstart_config(
     **{**SHARED, "compute": None},
 )
 pictures = InputData(channel_name="training", data_source=f"s3://{bucket}/jumpstart/")
-ready.train(input_data_config=[pictures], wait=False)
-seen["jumpstart"] = [one.channel_name for one in ready._latest_training_job.refresh().input_data_config]
+ready.train(input_data_config=[pictures], wait=given["opt_ml"])
+job = ready._latest_training_job.refresh()
+seen["jumpstart"] = [one.channel_name for one in job.input_data_config]
+seen["jumpstart status"] = job.training_job_status
 
 tuner = HyperparameterTuner(
     model_trainer=built_in(epochs=1),

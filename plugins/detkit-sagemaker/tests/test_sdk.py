@@ -19,6 +19,7 @@ import detkit
 from detkit.testing import tiny_dataset
 from detkit_sagemaker.images import builtin_image
 from detkit_sagemaker.testing import Simulator
+from detkit_sagemaker.testing.containers import can_mount
 
 VARIABLE = "DETKIT_SAGEMAKER_SDK_PYTHON"
 NUM_IMAGES = 8
@@ -36,13 +37,16 @@ def test_the_sdk_trains_tunes_deploys_and_transforms(simulator: Simulator, tmp_p
     upload(simulator, tmp_path / "jumpstart", "jumpstart")
     upload(simulator, tmp_path / "jumpstart/images", "pictures")
 
-    seen = session(simulator, tmp_path, picture=data.paths[0], num_images=len(data), num_classes=len(data.classes))
+    facts = {"picture": data.paths[0], "num_images": len(data), "num_classes": len(data.classes)}
+    seen = session(simulator, tmp_path, opt_ml=can_mount(), **facts)
 
     assert seen["image"] == builtin_image(simulator.region)
     assert seen["trained"] == ["Completed", "Completed"]
     assert {"train:progress", "validation:mAP"} <= set(seen["metrics"])
     assert seen["trained on"] == "Completed"
     assert {"training", "model", "code"} <= set(seen["jumpstart"])
+    if can_mount():
+        assert seen["jumpstart status"] == "Completed"
     assert seen["tuned"] == "Completed"
     assert len(seen["objectives"]) == 3
     assert seen["objectives"][seen["best"]] == max(seen["objectives"].values())

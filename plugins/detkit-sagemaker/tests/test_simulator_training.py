@@ -158,7 +158,15 @@ def test_a_job_runs_its_container(simulator: Simulator, sagemaker: Any, s3: Any)
     assert [operation for operation, _ in simulator.created] == ["CreateTrainingJob"]
 
 
-def test_entrypoint_arguments_and_isolation(simulator: Simulator, sagemaker: Any, s3: Any) -> None:
+@pytest.mark.parametrize("mounted", [True, False])
+def test_entrypoint_arguments_and_isolation(
+    simulator: Simulator, sagemaker: Any, s3: Any, monkeypatch: pytest.MonkeyPatch, mounted: bool
+) -> None:
+    """What a request has run names ``/opt/ml`` itself; on machines that cannot mount one, its arguments are changed."""
+    if not mounted:
+        monkeypatch.setattr("detkit_sagemaker.testing.training_job.can_mount", lambda: False)
+    elif not can_mount():
+        pytest.skip("this machine lets nobody mount")
     algorithm = request(simulator)["AlgorithmSpecification"]
     entrypoint = {"ContainerEntrypoint": CONTAINER, "ContainerArguments": ["--at", "/opt/ml/model"]}
     changed = request(simulator, "own", AlgorithmSpecification={**algorithm, **entrypoint}, EnableNetworkIsolation=True)
@@ -166,7 +174,7 @@ def test_entrypoint_arguments_and_isolation(simulator: Simulator, sagemaker: Any
     assert finished(sagemaker, "own")["TrainingJobStatus"] == "Completed"
     seen = json.loads(archive(s3, simulator.bucket, "jobs/own/output/model.tar.gz")["algo-1.json"])
     assert seen["arguments"][0] == "--at" and seen["arguments"][1].endswith("ml/model")
-    assert seen["arguments"][1] != "/opt/ml/model"
+    assert (seen["arguments"][1] == "/opt/ml/model") == mounted
     assert seen["aws"] == ["AWS_REGION"]
 
 

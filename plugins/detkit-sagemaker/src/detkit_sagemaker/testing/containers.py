@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ _MOUNT = 'mount -t tmpfs none /opt && mkdir /opt/ml && mount --bind "$0" /opt/ml
 """Gives a process an ``/opt/ml`` of its own, and nothing else in ``/opt``. Needs user namespaces, thus Linux."""
 
 
+@functools.cache
 def can_mount() -> bool:
     """Whether processes can have an ``/opt/ml`` of their own on this machine."""
     if shutil.which("unshare") is None or Path(sys.executable).resolve().is_relative_to("/opt"):
@@ -115,11 +117,13 @@ class Container:
         base: Path,
         on_line: Callable[[str], None],
         mounted: bool = False,
+        image: Sequence[str] | None = None,
     ) -> None:
         """Start it. What it prints comes to ``on_line``, line by line. Raises `OSError` where it cannot start.
 
         ``base`` is what ``/opt/ml`` is in a container: the process finds it there when it is ``mounted``, else by the
-        variable ``SAGEMAKER_BASE_DIR``, and parts of the command that begin with ``/opt/ml`` are changed.
+        variable ``SAGEMAKER_BASE_DIR``, and parts of the command that begin with ``/opt/ml`` are changed. ``image`` is
+        the image's own command where another one is run in it.
         """
         if mounted:
             line = ["unshare", "-Urm", "sh", "-c", _MOUNT, str(base), *command]
@@ -128,7 +132,7 @@ class Container:
             environment = {**environment, "SAGEMAKER_BASE_DIR": str(base)}
         # Not below base: a socket's path may have 107 bytes, and those of a container's temporary files are its own.
         self._scratch = Path(tempfile.mkdtemp(prefix="detkit-container-"))
-        whole = _environment(command, {**_places(self._scratch), **environment})
+        whole = _environment(image or command, {**_places(self._scratch), **environment})
         if shutil.which(line[0], path=whole.get("PATH", os.defpath)) is None:
             shutil.rmtree(self._scratch)
             raise FileNotFoundError(f"there is no program {line[0]}")
@@ -169,11 +173,12 @@ class Container:
                 on_line(line.decode(errors="replace").rstrip("\r\n"))
 
 
-def _environment(command: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+def _environment(image: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name in _INHERITED or name.startswith("LC_")}
     paths = [str(Path(path).resolve()) for path in inherited.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if command[0] == sys.executable:
-        # An image of this interpreter imports what this process can, installed or not.
+    if image[0] == sys.executable:
+        # An image of this interpreter has it as `python3`, and imports what this process can, installed or not.
+        inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}"
         own = [path for path in sys.path if Path(path).is_dir() and not Path(path).is_relative_to(sys.base_prefix)]
         paths = list(dict.fromkeys([*paths, *(path for path in own if not Path(path).is_relative_to(sys.prefix))]))
     if paths:

@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ HUB = "SageMakerPublicHub"
 _FOLDER = Path(__file__).parent / "hub"
 _CREATED = datetime(2024, 1, 1, tzinfo=UTC)
 _SCHEMA = "2.2.0"
+
+_SCRIPT = '''"""Synthetic: what AWS's script would do, the stand-in does that the container has."""
+
+import sys
+
+from detkit_sagemaker.container.stand_ins.__main__ import main
+
+sys.exit(main(["jumpstart", "script", *sys.argv[1:]]))
+'''
 
 
 @functools.cache
@@ -104,7 +114,10 @@ class Hub:
             if isinstance(uri, str) and uri.startswith("s3://"):
                 bucket, _ = split(uri)
                 create_bucket(s3, bucket, self._account.region)
-                self._account.storage.write(uri, _archive({"synthetic": True, "model_id": name, "is": member}))
+                files = {"synthetic.json": json.dumps({"synthetic": True, "model_id": name, "is": member})}
+                if member == "TrainingScriptUri":
+                    files["transfer_learning.py"] = _SCRIPT
+                self._account.storage.write(uri, _archive(files))
 
 
 def create_bucket(s3: Any, bucket: str, region: str) -> None:
@@ -116,10 +129,11 @@ def create_bucket(s3: Any, bucket: str, region: str) -> None:
         return
 
 
-def _archive(content: Json) -> bytes:
-    text, packed = json.dumps(content).encode(), io.BytesIO()
+def _archive(files: Mapping[str, str]) -> bytes:
+    packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        member = tarfile.TarInfo("synthetic.json")
-        member.size = len(text)
-        tar.addfile(member, io.BytesIO(text))
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
     return packed.getvalue()

@@ -10,7 +10,7 @@ from typing import Any
 
 from detkit_sagemaker.testing import channels, storage
 from detkit_sagemaker.testing.account import TICK, Account, Job, Json, now
-from detkit_sagemaker.testing.containers import Container, LogStream, discard, free_port, fresh
+from detkit_sagemaker.testing.containers import Container, LogStream, can_mount, discard, free_port, fresh
 from detkit_sagemaker.testing.metrics import Metrics
 from detkit_sagemaker.testing.pipes import Pipe
 
@@ -248,15 +248,19 @@ class TrainingJob(Job):
         path: str = self.request["CheckpointConfig"].get("LocalPath", "/opt/ml/checkpoints")
         return base / path.removeprefix("/opt/ml/")
 
+    @property
+    def _image(self) -> list[str]:
+        image = self.account.images.command(self.request["AlgorithmSpecification"]["TrainingImage"])
+        assert image is not None
+        return image
+
     def _command(self) -> list[str]:
         algorithm = self.request["AlgorithmSpecification"]
-        image = self.account.images.command(algorithm["TrainingImage"])
-        assert image is not None
         arguments = algorithm.get("ContainerArguments")
         if "ContainerEntrypoint" in algorithm:
             command = [*algorithm["ContainerEntrypoint"], *(arguments or [])]
         else:
-            command = [*image, *(arguments or ["train"])]
+            command = [*self._image, *(arguments or ["train"])]
         return command
 
     def _environment(self, port: int) -> dict[str, str]:
@@ -298,9 +302,11 @@ class TrainingJob(Job):
             log.write(line)
             self.metrics.read(line)
 
-        environment, mounted = self._environment(port), self.account.mounted
+        # What is run instead of the image's own command, AWS's SDK's scripts for one, names /opt/ml as it is.
+        other = "ContainerEntrypoint" in self.request["AlgorithmSpecification"]
+        environment, mounted = self._environment(port), self.account.mounted or (other and can_mount())
         try:
-            return Container(self._command(), environment, self._base(number), on_line, mounted)
+            return Container(self._command(), environment, self._base(number), on_line, mounted, self._image)
         except OSError as error:
             raise _Ended("Failed", f"AlgorithmError: the container cannot be started: {error}") from error
 

@@ -1,4 +1,7 @@
-"""``python -m detkit_sagemaker.container.stand_ins object-detection|jumpstart train|serve``."""
+"""``python -m detkit_sagemaker.container.stand_ins object-detection|jumpstart train|serve``.
+
+Or, for a script that the container is given: ``... jumpstart script --epochs 2``.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +32,21 @@ IMAGES: Mapping[str, tuple[Train, Serve]] = {
 
 def main(arguments: list[str]) -> int:
     """Do what the platform asks of an image; returns the process's exit code."""
-    if len(arguments) != 2 or arguments[0] not in IMAGES or arguments[1] not in ("train", "serve"):
+    is_script = arguments[:2] == ["jumpstart", "script"]
+    if not is_script and (len(arguments) != 2 or arguments[0] not in IMAGES or arguments[1] not in ("train", "serve")):
         print(f"usage: python -m {__package__} {'|'.join(IMAGES)} train|serve", file=sys.stderr)
         return 2
-    name, action = arguments
+    name, action, *more = arguments
     train, serve = IMAGES[name]
     print(f"detkit's stand-in for the image {name} of AWS: {chosen()} of detkit runs here, not AWS's algorithm")
     if action == "serve":
         return serve(base_folder() / "model")
     folder = TrainingFolder(base_folder())
     try:
-        train(folder)
+        if is_script:
+            jumpstart.run_script(folder, more)
+        else:
+            train(folder)
     except Failure as failure:
         log(str(failure), level="ERROR")
         folder.fail(str(failure))

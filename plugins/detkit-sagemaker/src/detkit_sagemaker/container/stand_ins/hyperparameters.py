@@ -134,13 +134,18 @@ def read_jumpstart(given: Mapping[str, str]) -> dict[str, Any]:
     for name in ("sagemaker_program", "sagemaker_submit_directory"):
         if not plain.get(name):
             raise refuse(f"hyperparameter {name} is missing, so the framework's container knows no script to run")
+    return {**read_script_arguments(plain), "sagemaker_submit_directory": plain["sagemaker_submit_directory"]}
+
+
+def read_script_arguments(given: Mapping[str, str]) -> dict[str, Any]:
+    """Return the hyperparameters of JumpStart's script as it is called, by name without dashes. Raises `Failure`."""
     values = {name: default for name, (_, default) in JUMPSTART.items()}
-    for name in JUMPSTART.keys() & plain.keys():
+    for name in JUMPSTART.keys() & given.keys():
         try:
-            values[name] = JUMPSTART[name][0](plain[name])
+            values[name] = JUMPSTART[name][0](given[name])
         except ValueError as expected:
-            raise refuse(f"argument --{name}: invalid value {plain[name]!r}: expected {expected}") from None
-    return {**values, "sagemaker_submit_directory": plain["sagemaker_submit_directory"]}
+            raise refuse(f"argument --{name}: invalid value {given[name]!r}: expected {expected}") from None
+    return values
 
 
 def _unquoted(text: str) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from detkit.io import read_dataset
 from detkit_sagemaker.container.archives import unpack
 from detkit_sagemaker.container.hosting import Answer, Refused, Request, host
 from detkit_sagemaker.container.stand_ins import engine
-from detkit_sagemaker.container.stand_ins.hyperparameters import read_jumpstart
+from detkit_sagemaker.container.stand_ins.hyperparameters import read_jumpstart, read_script_arguments
 from detkit_sagemaker.container.stand_ins.service import TrainingFolder, log, refuse
 
 WEIGHTS, LABELS = "model.params", "labels.json"
@@ -33,6 +34,19 @@ def train(folder: TrainingFolder) -> None:
     script = values["sagemaker_submit_directory"]
     if script.startswith(_ON_DISK) and not (folder.base / script.removeprefix(_ON_DISK)).is_file():
         raise refuse(f"there is no script at {script}; it comes in a channel of its own")
+    _train(folder, values)
+
+
+def run_script(folder: TrainingFolder, arguments: Sequence[str]) -> None:
+    """Train as the script does that JumpStart's container is given. Raises `Failure` for what it would refuse.
+
+    AWS's SDK has a script of its own call it, with hyperparameters as arguments: ``--epochs 2``.
+    """
+    names = [name.removeprefix("--") for name in arguments[::2]]
+    _train(folder, read_script_arguments(dict(zip(names, arguments[1::2], strict=True))))
+
+
+def _train(folder: TrainingFolder, values: Mapping[str, Any]) -> None:
     try:
         data = _read(folder.channel("training"))
         part, validation = data.split(0.8, 0.2, seed=_SPLIT_SEED)
