@@ -63,7 +63,8 @@ more = built_in(epochs=1)
 more.train(input_data_config=[*CHANNELS, parent])
 seen["trained on"] = more._latest_training_job.refresh().training_job_status
 
-# The SDK has JumpStart's containers run a script of its own at /opt/ml; without one the job fails, and is not waited for.
+# The SDK has JumpStart's containers run a script of its own at /opt/ml; without such a folder the job fails, and is not
+# waited for.
 ready = ModelTrainer.from_jumpstart_config(
     jumpstart_config=JumpStartConfig(model_id="mxnet-od-ssd-512-resnet50-v1-coco"),
     base_job_name="jumpstart",

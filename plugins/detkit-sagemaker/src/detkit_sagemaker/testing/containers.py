@@ -116,6 +116,7 @@ class Container:
         environment: Mapping[str, str],
         base: Path,
         on_line: Callable[[str], None],
+        *,
         mounted: bool = False,
         image: Sequence[str] | None = None,
     ) -> None:

@@ -66,7 +66,8 @@ class ModelServer:
             "DETKIT_PORT": str(self.port),
         }
         try:
-            self._container = Container([*command, "serve"], environment, base, log.write, account.mounted)
+            command = [*command, "serve"]
+            self._container = Container(command, environment, base, log.write, mounted=account.mounted)
         except OSError as error:
             raise Refused(f"the container cannot be started: {error}") from error
 

@@ -306,7 +306,9 @@ class TrainingJob(Job):
         other = "ContainerEntrypoint" in self.request["AlgorithmSpecification"]
         environment, mounted = self._environment(port), self.account.mounted or (other and can_mount())
         try:
-            return Container(self._command(), environment, self._base(number), on_line, mounted, self._image)
+            return Container(
+                self._command(), environment, self._base(number), on_line, mounted=mounted, image=self._image
+            )
         except OSError as error:
             raise _Ended("Failed", f"AlgorithmError: the container cannot be started: {error}") from error
 
