@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,9 @@ def launch() -> None:
     signal.signal(signal.SIGTERM, stop)
     if os.environ.get("DETKIT_LEASH") == "1":
         threading.Thread(target=watch, daemon=True, name="leash").start()
-    run.main([*given, *sys.argv[1:]])
+    # It would leave a folder in the system's temporary one, where its workers write errors for it.
+    with tempfile.TemporaryDirectory(prefix="detkit-torchrun-") as logs:
+        run.main([*given, f"--log-dir={logs}", *sys.argv[1:]])
 
 
 def launches(options: Mapping[str, Any]) -> bool:

@@ -80,7 +80,10 @@ def alone(tiny: Dataset, folder: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def two(tiny: Dataset, folder: Path) -> Run:
-    return TRAINER.fit(tiny, tiny, tiny, name=str(folder / "two"), processes=2, quiet=True)
+    (folder / "tmp").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder / "tmp"))
+        return TRAINER.fit(tiny, tiny, tiny, name=str(folder / "two"), processes=2, quiet=True)
 
 
 def test_two_processes_end_where_one_does(alone: Run, two: Run) -> None:
@@ -90,6 +93,11 @@ def test_two_processes_end_where_one_does(alone: Run, two: Run) -> None:
     for name in compared:
         assert two.metrics[name] == pytest.approx(alone.metrics[name], abs=1e-3), name
     assert two.model.manifest.hardware["processes"] == "2"
+
+
+def test_nothing_stays_in_the_temporary_folder(two: Run, folder: Path) -> None:
+    assert two.status == "finished"
+    assert list((folder / "tmp").iterdir()) == []
 
 
 def test_time_is_told_by_its_parts(alone: Run, two: Run) -> None:
