@@ -6,7 +6,8 @@ included, with the same network, batch, input size, flips and optimizer. Each ha
 few steps in turn (A B A B ...), so that a busy machine slows both; what is quoted is the ratio of medians of wall time,
 and of processor time over all threads. Memory is the most that a process ever had, torch itself included.
 
-    python benchmarks/train_step.py [--model ssd_tiny ...] [--heavy] [--amp bf16] [--compile] [--switches] [--rounds 6]
+    python benchmarks/train_step.py [--model ssd_tiny ...] [--heavy] [--amp bf16 [--ap 20]] [--compile] [--switches]
+        [--rounds 6]
 
 ``--amp bf16`` measures both loops in bf16 too; ``--switches`` measures what each thing that detkit does is worth, and
 what the model's own augmentations, clipping and average cost.
@@ -248,6 +249,26 @@ def compare(name: str, contenders: dict[str, Contender], images: Path, rounds: i
         )
 
 
+def reached(model: str, amp: str | None, epochs: int, folder: Path) -> float:
+    """Return the AP on 90 drawn pictures after so many epochs of 400 others, with the model's own recipe."""
+    size, batch = (CASES | HEAVY)[model]
+    parts = {"train": (400, 1), "test": (100, 2)}
+    train, test = (
+        detkit.read_dataset(write_shapes(folder / f"{name}-{size}", num_images=count, size=size, seed=seed))
+        for name, (count, seed) in parts.items()
+    )
+    run = detkit.Trainer(model=f"torchvision/{model}", image_size=size, weights=None, device="cpu").fit(
+        train,
+        test.take(range(10)),
+        epochs=epochs,
+        batch_size=batch,
+        amp=amp,
+        name=str(folder / f"{model}-{amp}"),
+        quiet=True,
+    )
+    return float(detkit.evaluate(run, test.take(range(10, 100)))["AP"])
+
+
 def seconds_to_first_step(data: Dataset, folder: Path) -> float:
     """Return the wall time from `fit()` to the first step that the worker reports."""
     started = time.time()
@@ -260,6 +281,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=CASES | HEAVY)
     parser.add_argument("--heavy", action="store_true", help="the large models too")
     parser.add_argument("--amp", choices=["bf16"], help="rows in half precision too")
+    parser.add_argument("--ap", type=int, metavar="EPOCHS", help="with --amp: the AP after so many epochs, both ways")
     parser.add_argument("--compile", action="store_true", help="rows with a compiled backbone, too")
     parser.add_argument("--switches", action="store_true", help="rows for what each switch is worth")
     parser.add_argument("--batch", type=int, help="instead of each model's")
@@ -290,6 +312,11 @@ def main() -> None:
             if args.amp:
                 pair = {"plain bf16": contenders["plain bf16"], "detkit bf16": contenders["detkit bf16"]}
                 compare(model, pair, images, args.rounds)
+            if args.amp and args.ap:
+                both = [reached(model, amp, args.ap, root) for amp in (None, args.amp)]
+                print(
+                    f"{model:38} AP after {args.ap} epochs: float32 {both[0]:.3f}, {args.amp} {both[1]:.3f}", flush=True
+                )
             if args.switches:
                 others = {label: replace(ours, **change) for label, change in SWITCHES.items()}
                 others["plain, memory kept"] = replace(plain, allocator=True)

@@ -36,11 +36,12 @@ def create_run(job: Job, name: str | None = None) -> Workspace:
     A run without a name takes the next number where another process takes its number at the same moment.
     """
     while True:
-        workspace = Workspace(new_run_path(job.model, name))
+        path = new_run_path(job.model, name)
+        workspace = Workspace(path)
         try:
             workspace.create(job)
         except RunExists:
-            if name is not None:
+            if new_run_path(job.model, name) == path:  # no other number would help
                 raise
         else:
             return workspace

@@ -270,7 +270,7 @@ class Tuner:
         try:
             return _laid_out(path, record, ready)
         except RunExists:
-            if name is not None:
+            if catalog.new_run_path(f"study-{resolved.model}", name) == path:
                 raise
             return self._open(ready, search, name)  # another process took its number at this moment
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import boto3
 import pytest
+from PIL import Image
 
 import detkit
 from detkit import Dataset, Run, Trainer
-from detkit.errors import RunFailed
+from detkit.errors import DetkitError, RunFailed
 from detkit.testing import tiny_dataset
 from detkit_sagemaker import preflight
 from detkit_sagemaker.testing import Simulator
@@ -115,23 +116,49 @@ def test_images_stay_where_they_lie(
 
 
 def test_the_built_in_reads_a_manifest_where_all_images_lie_in_s3(
-    aws: Simulator, data: Dataset, output: str, request: pytest.FixtureRequest
+    aws: Simulator, data: Dataset, place: str, output: str
 ) -> None:
-    """And packs where some lie here, or are without boxes, as jobs have failed on manifests with such."""
-    full = data.take([position for position, boxes in enumerate(data.boxes_per_image()) if boxes])
-    place = f"s3://{aws.bucket}/{request.node.name}/full"
-    detkit.write_dataset(full, place)
     trained = trainer(aws, output, BUILTIN)
-    assert told(trained.plan(place, place).notes) == [
-        "14 images (0.1 MB) stay where they lie in S3: 0 bytes of them are uploaded"
-    ]
-    assert trained.fit(place, place, name="there", quiet=True).status == "finished"
+    notes = trained.plan(place, place).notes
+    assert told(notes) == ["14 images (0.1 MB) stay where they lie in S3: 0 bytes of them are uploaded"]
+    assert "train: 1 images without boxes are left out, as jobs have failed on such" in notes
+    run = trained.fit(place, place, name="there", quiet=True)
     assert images_below(output) == []
-    (_, request_there) = aws.created[-1]
-    kinds = {one["DataSource"]["S3DataSource"]["S3DataType"] for one in request_there["InputDataConfig"]}
+    (_, request) = aws.created[-1]
+    assert request["HyperParameters"]["num_training_samples"] == "7"
+    channels = {one["ChannelName"]: one for one in request["InputDataConfig"]}
+    kinds = {one["DataSource"]["S3DataSource"]["S3DataType"] for one in channels.values()}
     assert kinds == {"AugmentedManifestFile"}
-    (packed,) = told(trained.plan(place, full).notes)
+    assert {name: one.get("ShuffleConfig") for name, one in channels.items()} == {
+        "train": {"Seed": 0},
+        "validation": None,
+    }
+    (packed,) = told(trained.plan(place, data).notes)
     assert packed.startswith("train: 7 images (0.1 MB) in S3 are packed anew and uploaded")
+    more = trainer(aws, output, {**BUILTIN, "weights": run}).plan(place, place)
+    assert [note.partition(" ")[0] for note in told(more.notes)] == ["train:", "validation:"], "as AWS documents it"
+
+
+@pytest.mark.parametrize("settings", [BUILTIN, {**BUILTIN, "data_format": "json"}, JUMPSTART])
+def test_what_an_algorithm_of_aws_would_read_otherwise_is_refused(
+    settings: Mapping[str, Any], aws: Simulator, data: Dataset, output: str, tmp_path: Path
+) -> None:
+    """Boxes of a picture that EXIF turns would lie elsewhere, and a format that is not read fails in a paid job."""
+    train, val = data.take(range(6)), data.take(range(6, 8))
+    for kind, words in {"turned": "auto-orient", "format": "JPEG and PNG|neither JPEG nor PNG"}.items():
+        place = f"s3://{aws.bucket}/{kind}-{settings['model'][:4]}-{settings.get('data_format')}"
+        detkit.write_dataset(train, place)
+        (first, *_) = images_below(place)
+        with Image.open(train.paths[0]) as image:
+            exif = image.getexif()
+            exif[0x0112] = 3
+            file = tmp_path / kind
+            image.save(file, "WEBP") if kind == "format" else image.save(file, "PNG", exif=exif)
+        boto3.client("s3").upload_file(str(file), aws.bucket, first)
+        before = list(aws.created)
+        with pytest.raises(DetkitError, match=words):
+            trainer(aws, output, settings).fit(place, val, name=f"no-{kind}", quiet=True)
+        assert aws.created == before
 
 
 @pytest.mark.parametrize("settings", [{**BUILTIN, "data_format": "json"}, JUMPSTART], ids=["json", "jumpstart"])
@@ -157,7 +184,7 @@ def test_images_are_copied_within_s3_where_another_folder_is_needed(
 def test_what_is_packed_anew_is_told_with_what_would_leave_it_there(
     aws: Simulator, data: Dataset, place: str, output: str
 ) -> None:
-    plan = trainer(aws, output, BUILTIN).plan(place, place)
+    plan = trainer(aws, output, {**BUILTIN, "data_format": "recordio"}).plan(place, place)
     train, validation = told(plan.notes)
     assert train.startswith("train: 7 images (0.1 MB) in S3 are packed anew and uploaded")
     assert validation.startswith("validation: 7 images")

@@ -64,10 +64,16 @@ def test_what_creates_or_deletes_is_limited_to_names_of_detkit() -> None:
     assert all(re.match(r"\w+:(List|Get|Describe|Search)", action) for action in wide), wide
 
 
-def test_images_may_stay_in_other_buckets_that_are_named() -> None:
-    execution = Policies(account="1", region="r", bucket="b", data_buckets=("pictures",)).execution
+@pytest.mark.parametrize("whose", ["jobs", "user"])
+def test_images_may_stay_in_other_buckets_that_are_named(whose: str) -> None:
+    policies = Policies(account="1", region="r", bucket="b", data_buckets=("pictures",))
+    statements = policies.execution if whose == "jobs" else policies.user
     allowed = {
-        (action, place) for one in execution for action in one["Action"] for place in one["Resource"] if "pict" in place
+        (action, place)
+        for one in statements
+        for action in one["Action"]
+        for place in one["Resource"]
+        if "pict" in place
     }
     assert allowed == {
         ("s3:GetBucketLocation", "arn:aws:s3:::pictures"),

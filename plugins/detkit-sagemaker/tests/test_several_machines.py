@@ -85,6 +85,8 @@ def test_crowded_shelves(tmp_path: Path) -> None:
     """The example: 147 boxes an image, two broken files, two machines, a batch transform, and AR at 300."""
     printed = crowded_shelves(tmp_path, "--machines 2 --model torchvision/fcos_tiny --size 640")
     assert re.search(r"left out 2: shelf_0002\.jpg, shelf_0005\.jpg", printed)
+    (manifest,) = tmp_path.rglob("model/detkit.json")
+    assert json.loads(manifest.read_bytes())["hardware"]["processes"] == "2"
     assert re.search(r"AP \d\.\d+  AP75 \d\.\d+  AR300 \d\.\d+ on 2 shelves", printed)
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,25 @@ def test_the_command_prints_what_a_shell_needs(tmp_path: Path) -> None:
         server.terminate()
         assert server.wait(timeout=20) == 0
     assert answer.stdout.strip() == "123456789012"
+
+
+@pytest.mark.parametrize(
+    ("operation", "call"),
+    [
+        ("CreateBucket", lambda s3, _: s3.create_bucket(Bucket="abc")),
+        ("GetBucketLocation", lambda s3, bucket: s3.get_bucket_location(Bucket=bucket)),
+        ("PutBucketTagging", lambda s3, bucket: s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": []})),
+        ("ListObjectsV2", lambda s3, bucket: s3.list_objects_v2(Bucket=bucket)),
+        ("ListMultipartUploads", lambda s3, bucket: s3.list_multipart_uploads(Bucket=bucket)),
+        ("PutObject", lambda s3, bucket: s3.put_object(Bucket=bucket, Key="a/b", Body=b"1")),
+        ("CopyObject", lambda s3, bucket: s3.copy_object(Bucket=bucket, Key="a", CopySource=f"{bucket}/b")),
+        ("ListSchedules", lambda *_: boto3.client("scheduler").list_schedules()),
+        ("GetCallerIdentity", lambda *_: boto3.client("sts").get_caller_identity()),
+    ],
+)
+def test_a_fault_meets_the_call_of_its_name(
+    simulator: Simulator, operation: str, call: Callable[[Any, str], object]
+) -> None:
+    simulator.faults.refuse(operation, "Refused")
+    with pytest.raises(ClientError, match="Refused"):
+        call(boto3.client("s3"), simulator.bucket)

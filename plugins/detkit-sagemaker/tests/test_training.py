@@ -264,7 +264,7 @@ def test_ctrl_c_leaves_the_job(simulator: Simulator, data: Dataset, tmp_path: Pa
             break
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert "detkit runs attach" in told
+    assert "detkit runs attach" in told and "detkit runs stop" in told
     run = open_run("left")
     assert run.status == "running"
     run.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import signal
@@ -51,32 +50,46 @@ def test_only_what_is_missing_travels_and_is_encrypted(simulator: Simulator, tmp
 def test_files_in_s3_are_copied_there(simulator: Simulator) -> None:
     aws, root = Aws(), f"s3://{simulator.bucket}/detkit"
     uploads.put(aws, f"s3://{simulator.bucket}/theirs/x.jpg", b"pixels")
-    digest = hashlib.sha256(b"pixels").hexdigest()
-    files = uploads.Bundle((uploads.File("x.jpg", f"s3://{simulator.bucket}/theirs/x.jpg", digest, 6),))
+    etag = aws.client("s3").head_object(Bucket=simulator.bucket, Key="theirs/x.jpg")["ETag"]
+    file = uploads.File("x.jpg", f"s3://{simulator.bucket}/theirs/x.jpg", "any", 6, etag)
+    files = uploads.Bundle((file,))
     assert uploads.total([(files, files.missing(aws, root))])["bytes"] == 0
     assert dict(uploads.objects(aws, files.upload(aws, root))) == {"x.jpg": 6}
 
 
-@pytest.mark.parametrize("known_by", ["sha256", "etag"])
-def test_a_file_that_is_another_one_by_now_is_not_copied(simulator: Simulator, tmp_path: Path, known_by: str) -> None:
-    """Nor taken for the right one the next time, although it has its size."""
+def test_a_file_that_is_another_one_by_now_is_not_copied(simulator: Simulator, tmp_path: Path) -> None:
     aws, root, source = Aws(), f"s3://{simulator.bucket}/detkit", f"s3://{simulator.bucket}/theirs/x.jpg"
-
-    def write(content: bytes) -> str:
-        uploads.put(aws, source, content)
-        return str(aws.client("s3").head_object(Bucket=simulator.bucket, Key="theirs/x.jpg")["ETag"])
-
-    etag = write(b"pixels") if known_by == "etag" else ""
-    file = uploads.File("x.jpg", source, hashlib.sha256(b"pixels").hexdigest(), 6, etag=etag)
-    write(b"pixelz")
-    files = uploads.Bundle((file,))
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/x.jpg").write_bytes(b"pixels")
+    files = uploads.Bundle.of(tmp_path / "files", origins={"x.jpg": source})
+    uploads.put(aws, source, b"pixelz")
     with pytest.raises(UsageError, match=r"theirs/x.jpg is another image than when it was looked at"):
         files.upload(aws, root)
     assert len(files.missing(aws, root)) == 1
-    write(b"pixels")
+    uploads.put(aws, source, b"pixels")
+    calls = len(simulator.calls)
     url = files.upload(aws, root)
+    assert "GetObject" not in simulator.calls[calls:]
     uploads.get(aws, f"{url}x.jpg", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == b"pixels"
+
+
+def test_a_file_whose_etag_is_no_md5_is_copied_by_its_content(simulator: Simulator, tmp_path: Path) -> None:
+    aws, root, source = Aws(), f"s3://{simulator.bucket}/detkit", f"s3://{simulator.bucket}/theirs/x.jpg"
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/x.jpg").write_bytes(bytes(6 << 20))
+    files = uploads.Bundle.of(tmp_path / "files", origins={"x.jpg": source})
+    s3 = boto3.client("s3")
+    place = {"Bucket": simulator.bucket, "Key": "theirs/x.jpg"}
+    upload = s3.create_multipart_upload(**place)["UploadId"]
+    halves = [
+        {"PartNumber": n, "ETag": s3.upload_part(**place, UploadId=upload, PartNumber=n, Body=bytes(size))["ETag"]}
+        for n, size in ((1, 5 << 20), (2, 1 << 20))
+    ]
+    s3.complete_multipart_upload(**place, UploadId=upload, MultipartUpload={"Parts": halves})
+    assert s3.head_object(**place)["ETag"].endswith('-2"')
+    files.upload(aws, root)
+    assert not files.missing(aws, root)
 
 
 SEND = """
@@ -127,30 +140,37 @@ def test_parts_of_a_file_whose_sender_was_killed_do_not_stay(
     assert Ledger.of(aws).pending() == []
 
 
-def test_what_others_are_sending_goes_on(simulator: Simulator, large: Path) -> None:
-    """That of a living process, one of another time, and another file's; what may not be cleared is kept in mind."""
+@pytest.mark.parametrize("operation", ["CreateMultipartUpload", "UploadPart"])
+def test_what_others_are_sending_goes_on(simulator: Simulator, large: Path, operation: str) -> None:
+    """Also the same file, from another machine; what may not be cleared now is kept in mind."""
     aws, root = Aws(), f"s3://{simulator.bucket}/detkit"
-    be_killed(simulator, large, root, "after", "CreateMultipartUpload")
+    be_killed(simulator, large, root, "after", operation)
     (left,) = parts_in(simulator.bucket)
-    begun = Ledger.of(aws).path.read_text().split("\n\n")[-1]
-    s3 = boto3.client("s3")
-    other = s3.create_multipart_upload(Bucket=simulator.bucket, Key=left["Key"] + "-and-more")
-    simulator.faults.refuse("ListMultipartUploads", "AccessDenied", status=403)
+    ledger, s3 = Ledger.of(aws), boto3.client("s3")
+    (begun,) = ledger.pending()
+    is_named = operation == "UploadPart"
+    assert begun.name.endswith(left["UploadId"]) == is_named
+    others = [left["Key"] + "-and-more", *([left["Key"]] if is_named else [])]
+    theirs = {s3.create_multipart_upload(Bucket=simulator.bucket, Key=key)["UploadId"] for key in others}
+    refused = "AbortMultipartUpload" if is_named else "ListMultipartUploads"
+    simulator.faults.refuse(refused, "AccessDenied", status=403)
     with pytest.warns(DetkitWarning, match=r"s3:ListBucketMultipartUploads(.|\n)*parts of a file .* stay there"):
         uploads.clear_abandoned(aws)
-    ledger, place = Ledger.of(aws), f"s3://{simulator.bucket}/{left['Key']}"
-    ledger.creating("upload", f"{place}#mine")
+    assert ledger.pending() == [begun]
     uploads.clear_abandoned(aws)
-    assert len(parts_in(simulator.bucket)) == 2, "this process may be sending the same file"
-    ledger.gone("upload", f"{place}#mine")
-    uploads.clear_abandoned(aws)
-    assert [one["UploadId"] for one in parts_in(simulator.bucket)] == [other["UploadId"]]
+    assert {one["UploadId"] for one in parts_in(simulator.bucket)} == theirs
     assert ledger.pending() == []
-    theirs = s3.create_multipart_upload(Bucket=simulator.bucket, Key=left["Key"])
-    line = {**json.loads(begun), "t": time.time() - 3600}
-    ledger.path.write_text(json.dumps(line))
+
+
+def test_an_upload_of_another_time_is_another_ones(simulator: Simulator, large: Path) -> None:
+    """Where its process was killed before S3 had named it, when it began says which it is."""
+    aws, root = Aws(), f"s3://{simulator.bucket}/detkit"
+    be_killed(simulator, large, root, "after", "CreateMultipartUpload")
+    place = Ledger.of(aws).path
+    line = json.loads(place.read_text().split("\n\n")[-1])
+    place.write_text(json.dumps({**line, "t": time.time() - 3600}))
     uploads.clear_abandoned(aws)
-    assert theirs["UploadId"] in {one["UploadId"] for one in parts_in(simulator.bucket)}
+    assert len(parts_in(simulator.bucket)) == 1
 
 
 def test_a_file_that_is_not_sent_whole_is_cleared_when_its_process_is_over(simulator: Simulator, large: Path) -> None:

@@ -240,7 +240,7 @@ def test_looking_creates_nothing(aws: Simulator, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
-def test_a_real_engine_goes_the_whole_way(aws: Simulator, tmp_path: Path) -> None:
+def test_a_real_engine_goes_the_whole_way(aws: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = detkit.read_dataset(write_shapes(tmp_path / "shapes", num_images=24))
     train, val, test = data.split(0.6, 0.2, 0.2, seed=0)
     image = aws.image("detkit:latest")
@@ -264,6 +264,16 @@ def test_a_real_engine_goes_the_whole_way(aws: Simulator, tmp_path: Path) -> Non
     for one, other in zip(answers["here"], answers["endpoint"], strict=True):
         assert len(one) == len(other) > 0
         assert np.allclose(one.boxes, other.boxes, atol=0.1)
-    compared = detkit.compare({"there": run, "here": here}, test)
+    monkeypatch.setenv("DETKIT_STAND_IN_ENGINE", "torchvision/fcos_tiny")
+    others = {
+        "built-in": trainer(aws, "object-detection", mini_batch_size=4, epochs=1).fit(train, val, name="ssd"),
+        "jumpstart": trainer(aws, JUMPSTART, epochs=1).fit(train, val, name="js"),
+    }
+    for other in others.values():
+        assert "torchvision/fcos_tiny of detkit runs here" in other.workspace.log_file.read_text()
+        assert transform(other.model, test, TransformOptions(role=aws.role, yes=True)) == (len(test), len(test))
+    compared = detkit.compare({"there": run, "here": here, **others}, test)
     assert compared["there"]["AP"] == pytest.approx(compared["here"]["AP"], abs=0.02)
+    report = compared.to_html(tmp_path / "report.html").read_text()
+    assert all(name in report for name in others)
     assert_nothing_lives(aws)

@@ -31,6 +31,8 @@ _FOLDER = "images/"
 _LABEL = "bounding-box"
 _LINES = "output.manifest"
 _NAMED = "images.manifest"
+_SHUFFLE_SEED = 0
+"""Streamed training images come in another order in each epoch; without, in that of the data's files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class Staged:
                 compression="None",
                 record_wrapper="RecordIO",
                 attribute_names=self.attribute_names,
+                shuffle_seed=_SHUFFLE_SEED if self.name == "train" else None,
             )
         return Channel(
             name=self.name,
@@ -132,40 +135,37 @@ def _named(name: str, prefix: str, objects: Sequence[str], folder: Path) -> Stag
     return Staged(name=name, bundle=bundle, file=_NAMED, data_type="ManifestFile", input_mode="File")
 
 
-def usual_format(workspace: Workspace) -> DataFormat:
-    """Return how the built-in algorithm has its data where nobody chooses: a manifest where all images lie in S3.
-
-    Else packs; also where an image has no boxes, as jobs have failed on manifests with such.
-    """
-    for name, data in _parts(workspace, needs_validation=False).items():
-        if len(_in_s3(workspace, name)) < len(data) or not data.boxes_per_image().all():
-            return "recordio"
-    return "manifest"
+def are_in_s3(workspace: Workspace) -> bool:
+    """Return whether all images of a run lie in S3 already."""
+    parts = _parts(workspace, needs_validation=False)
+    return all(len(_in_s3(workspace, name)) == len(data) for name, data in parts.items())
 
 
 def for_builtin(
-    workspace: Workspace, folder: Path, data_format: DataFormat, root: str
+    workspace: Workspace, folder: Path, data_format: DataFormat, root: str, *, full_only: bool = False
 ) -> tuple[list[Staged], list[str]]:
     """Write training and validation data for the built-in algorithm; returns what to tell, too.
 
-    Images without boxes cannot be in RecordIO files and are left out of these, which is told.
+    Images without boxes cannot be in RecordIO files and are left out of these, and with ``full_only`` of a manifest,
+    which is told.
     """
     staged, told = [], []
-    for name, data in _parts(workspace, needs_validation=True).items():
-        target = folder / name
+    for name, whole in _parts(workspace, needs_validation=True).items():
+        target, data = folder / name, whole
+        if full_only or data_format == "recordio":
+            data = whole.take(np.flatnonzero(whole.boxes_per_image()))
+            if left := len(whole) - len(data):
+                why = "RecordIO files cannot hold them" if data_format == "recordio" else "jobs have failed on such"
+                told.append(f"{name}: {left} images without boxes are left out, as {why}")
         if data_format == "recordio":
-            full = np.flatnonzero(data.boxes_per_image())
-            if len(full) < len(data):
-                left = len(data) - len(full)
-                told.append(f"{name}: {left} images without boxes are left out, as RecordIO files cannot hold them")
             there = _in_s3(workspace, name)
-            again = [file for i in full if (file := there.get(_FOLDER + data.image_ids[i])) is not None]
+            again = [file for image_id in data.image_ids if (file := there.get(_FOLDER + image_id)) is not None]
             if again:
                 told.append(
                     f"{name}: {_counted(again)} in S3 are packed anew and uploaded, as RecordIO files hold the images; "
                     "data_format=manifest leaves them where they lie"
                 )
-            _write(data.take(full), target, "recordio")
+            _write(data, target, "recordio")
             (target / "train.idx").unlink()
             (target / "classes.txt").unlink()
             staged.append(Staged(name=name, bundle=Bundle.of(target), content_type=_RECORDIO))
@@ -279,7 +279,7 @@ def _manifest(workspace: Workspace, name: str, data: Dataset, target: Path, root
         file=_LINES,
         images=images,
         attribute_names=("source-ref", _LABEL),
-        left=tuple(there.values()),
+        left=tuple(file for file in found if file is not None),
     )
 
 

@@ -172,7 +172,9 @@ class Policies:
     @property
     def user(self) -> list[Statement]:
         """Everything that a user needs who trains, tunes, deploys and builds images."""
-        return [*self.data, *self.train, *self.tune, *self.deploy, *self.schedule, *self.images]
+        return [
+            *self.data, *self._reading_data(), *self.train, *self.tune, *self.deploy, *self.schedule, *self.images,
+        ]  # fmt: skip
 
     @property
     def execution(self) -> list[Statement]:

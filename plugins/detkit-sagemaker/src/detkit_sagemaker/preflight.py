@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from PIL import Image as PillowImage
 
-from detkit import remote
 from detkit.data import Dataset
 from detkit.errors import DetkitError, ImageError
 from detkit.images import read_bytes
@@ -48,6 +47,10 @@ _ECR = re.compile(
 _SHOWN = 3
 _SHARE_OF_DISK = 0.8
 _CHANNELS = ("train", "validation")
+
+Odd = Literal["channels", "format", "turned"]
+_ORIENTATION = 0x0112
+"""EXIF's tag."""
 
 
 def account(
@@ -232,10 +235,12 @@ def volume_key(options: AccountOptions, instance_type: str) -> list[Concern]:
     ]
 
 
-def builtin_data(params: BuiltinParams, channels: Mapping[str, Dataset], data_format: str) -> list[Concern]:
+def builtin_data(
+    params: BuiltinParams, channels: Mapping[str, Dataset], data_format: str, *, full_only: bool = False
+) -> list[Concern]:
     """Return what of the data the built-in algorithm would refuse, in jobs that already cost money.
 
-    Images without boxes are left out of RecordIO files, so they do not count there.
+    Images without boxes are left out of RecordIO files, and with ``full_only`` of all, so they do not count there.
     """
     found = []
     if "validation" not in channels:
@@ -243,14 +248,16 @@ def builtin_data(params: BuiltinParams, channels: Mapping[str, Dataset], data_fo
             _error("the built-in algorithm needs validation images; give some (val=), or data with a validation split")
         )
     parts = {name: channels[name] for name in _CHANNELS if name in channels}
-    left_out = data_format == "recordio"
+    left_out = full_only or data_format == "recordio"
     for name, data in parts.items():
         empty = int((data.boxes_per_image() == 0).sum())
         if empty and not left_out:
             found.append(
                 _warning(f"{name}: {empty} images without boxes; jobs have failed on such (AWS's examples, issue 643)")
             )
-        found += _not_rgb(name, data, data_format)
+        found += _channels(name, data, data_format)
+        if data_format != "recordio":  # whose writer looks at all of them
+            found += own_algorithm_data("the built-in algorithm", name, data)
     train = channels["train"]
     samples = int((train.boxes_per_image() > 0).sum()) if left_out else len(train)
     found += _settings(params, parts, samples)
@@ -314,31 +321,56 @@ def _settings(params: BuiltinParams, parts: Mapping[str, Dataset], samples: int)
     return found
 
 
-def _not_rgb(name: str, data: Dataset, data_format: str) -> Iterator[Concern]:
-    """The files travel as they are, and the documentation knows images of three channels only."""
-    here = [path for path in data.paths if not remote.is_remote(remote.origin(path))]
-    if len(here) < len(data):
-        yield _warning(
-            f"{name}: {len(data) - len(here)} images in S3 were not looked at; they have to have three channels"
+def odd_images(data: Dataset) -> dict[Odd, list[str]]:
+    """Return the ids of images whose files AWS's own algorithms may not read, or not as they are displayed, by why."""
+    found: dict[Odd, list[str]] = {}
+    for path, image_id in zip(data.paths, data.image_ids, strict=True):
+        for why in _odd(path):
+            found.setdefault(why, []).append(image_id)
+    return found
+
+
+def own_algorithm_data(who: str, name: str, data: Dataset) -> Iterator[Concern]:
+    """Yield what an algorithm of AWS would read otherwise than it is displayed, or not at all, as files travel as they
+    are. Images are decoded by nobody here."""
+    odd = odd_images(data)
+    if turned := odd.get("turned"):
+        yield _error(
+            f"{name}: EXIF turns {_some(turned)}, and {who} may not turn them, so that boxes would lie elsewhere; turn "
+            "the pixels themselves, for example with ImageMagick's `mogrify -auto-orient`"
         )
-    odd = [path for path in here if _bands(path) != 3]
+    if others := odd.get("format"):
+        yield _error(
+            f"{name}: {_some(others)} are neither JPEG nor PNG, and {who} is known to read no others; convert them"
+        )
+
+
+def _channels(name: str, data: Dataset, data_format: str) -> Iterator[Concern]:
+    """The documentation of the built-in algorithm knows images of three channels only."""
+    odd = odd_images(data).get("channels")
     if not odd:
         return
-    told = (
-        f"{name}: {len(odd)} images have not three channels, like {', '.join(odd[:_SHOWN])}, and AWS documents no "
-        "others for the built-in algorithm"
-    )
+    told = f"{name}: {_some(odd)} have not three channels, and AWS documents no others for the built-in algorithm"
     if data_format == "recordio":
         yield _warning(f"{told}; MXNet's reader is known to make grey ones RGB")
     else:
         yield _error(f"{told}; save them as RGB, or choose data_format=recordio")
 
 
-def _bands(path: str) -> int:
-    """Read the number of an image's channels from its header; a palette counts as three."""
+def _some(image_ids: Sequence[str]) -> str:
+    return f"{len(image_ids)} images, like {', '.join(image_ids[:_SHOWN])},"
+
+
+def _odd(path: str) -> Iterator[Odd]:
+    """Look at an image's header; a palette counts as three channels."""
     try:
         with PillowImage.open(path if packed(path) is None else io.BytesIO(read_bytes(path))) as image:
-            return 3 if image.mode == "P" else len(image.getbands())
+            if image.mode != "P" and len(image.getbands()) != 3:
+                yield "channels"
+            if image.format not in ("JPEG", "PNG"):
+                yield "format"
+            if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
+                yield "turned"
     except OSError as error:
         raise ImageError(path, str(error)) from error
 

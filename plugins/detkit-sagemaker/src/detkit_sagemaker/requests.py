@@ -49,6 +49,8 @@ class Channel:
     attribute_names: Sequence[str] = ()
     """The keys of an augmented manifest that are streamed, in this order."""
     distribution: Literal["FullyReplicated", "ShardedByS3Key"] = "FullyReplicated"
+    shuffle_seed: int | None = None
+    """Of the order in which what is streamed comes, another one in each epoch; None for the order of the files."""
 
     def request(self) -> Request:
         """Return the entry of ``InputDataConfig``."""
@@ -64,6 +66,7 @@ class Channel:
             "CompressionType": self.compression,
             "RecordWrapperType": self.record_wrapper,
             "InputMode": self.input_mode,
+            "ShuffleConfig": None if self.shuffle_seed is None else {"Seed": self.shuffle_seed},
         }
         return {"ChannelName": self.name, "DataSource": {"S3DataSource": source}, **_given(beside)}
 

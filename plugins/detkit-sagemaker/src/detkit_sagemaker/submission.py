@@ -11,6 +11,7 @@ import msgspec
 
 from detkit import plugins
 from detkit.backends import SeveralOptions
+from detkit.data import Dataset
 from detkit.errors import MissingSettings, Unsupported, UsageError
 from detkit.events import pattern, validation_loss
 from detkit.job import Job, Model, Workspace
@@ -290,15 +291,19 @@ def _starts_from(given: _Common) -> tuple[dict[str, Any], list[Staged]]:
 def _builtin(given: _Common) -> Submission:
     params = msgspec.convert(given.job.params, builtin.ObjectDetectionParams)
     parent = _parent(given.workspace)
-    form = given.options.data_format or channels.usual_format(given.workspace)
     parts = {name: data for name in ("train", "validation") if (data := given.workspace.dataset(name)) is not None}
-    concerns = [*preflight.builtin_image(given.aws.region), *preflight.builtin_data(params, parts, form)]
+    form = given.options.data_format or _usual_format(given.workspace, parts, parent)
+    full_only = given.options.data_format is None
+    concerns = [
+        *preflight.builtin_image(given.aws.region),
+        *preflight.builtin_data(params, parts, form, full_only=full_only),
+    ]
     if parent is not None:
         concerns += preflight.incremental(params, given.job.classes, parent.manifest.native, parent.classes)
     _refuse_errors(concerns)
-    staged, told = channels.for_builtin(given.workspace, given.folder, form, given.root)
+    staged, told = channels.for_builtin(given.workspace, given.folder, form, given.root, full_only=full_only)
     train = parts["train"]
-    empty = int((train.boxes_per_image() == 0).sum()) if form == "recordio" else 0
+    empty = int((train.boxes_per_image() == 0).sum()) if full_only or form == "recordio" else 0
     busiest = max(int(data.boxes_per_image().max(initial=0)) for data in parts.values())
     facts = {"num_training_samples": len(train) - empty, "label_width": builtin.needed_label_width(busiest)}
     count = given.options.instance_count
@@ -329,6 +334,16 @@ def _builtin(given: _Common) -> Submission:
     )
 
 
+def _usual_format(workspace: Workspace, parts: Mapping[str, Dataset], parent: Model | None) -> channels.DataFormat:
+    """Return how the built-in algorithm has its data where nobody chooses: a manifest where all images lie in S3.
+
+    Else packs, whose writer refuses what it would read otherwise; also where it goes on from a model, which AWS
+    documents for packs and images that are copied first.
+    """
+    odd = any(preflight.odd_images(data) for data in parts.values())
+    return "manifest" if parent is None and channels.are_in_s3(workspace) and not odd else "recordio"
+
+
 def _jumpstart(given: _Common) -> Submission:
     params = msgspec.convert(given.job.params, JumpstartParams)
     hub = HubModel.read(given.aws, str(jumpstart_id(given.job.model)))
@@ -336,6 +351,9 @@ def _jumpstart(given: _Common) -> Submission:
     instance_type = hub.training_instance(given.options.instance_type)
     isolated = given.options.network_isolation
     isolated = hub.training_enable_network_isolation if isolated is None else isolated
+    parts = {name: data for name in ("train", "validation") if (data := given.workspace.dataset(name)) is not None}
+    concerns = [one for name, data in parts.items() for one in preflight.own_algorithm_data("JumpStart", name, data)]
+    _refuse_errors(concerns)
     staged, classes = channels.for_jumpstart(given.workspace, given.folder, given.but)
     if unknown := [name for name in given.job.classes if name not in classes]:
         given.notes.append(f"no image that is sent has a box of {', '.join(unknown)}, so the model will not know it")
@@ -355,7 +373,7 @@ def _jumpstart(given: _Common) -> Submission:
         volume_size=hub.training_volume_size,
     )
     host = hub.default_inference_instance_type or TRAINING_INSTANCE
-    validation = given.workspace.dataset("validation")
+    validation = parts.get("validation")
     split = "JumpStart takes no validation images: it divides what it is given, 80 to 20, by itself"
     if validation and "validation" in given.but:
         split += f"; the {len(validation)} validation images are kept from it"
@@ -370,7 +388,10 @@ def _jumpstart(given: _Common) -> Submission:
         staged=staged,
         estimate=estimate,
         notes=[*given.notes, split],
-        concerns=[] if parent is None else preflight.same_classes("JumpStart", classes, parent.classes),
+        concerns=[
+            *concerns,
+            *([] if parent is None else preflight.same_classes("JumpStart", classes, parent.classes)),
+        ],
         metrics=hub.metrics,
         hosting={
             "image": hub.hosting_image(host),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
+import functools
 import hashlib
 import json
 import secrets
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from detkit.errors import DetkitWarning, UsageError
@@ -24,12 +26,15 @@ from detkit_sagemaker.ledger import Entry, Ledger
 _AT_ONCE = 8
 _MISSING = {"404", "NoSuchBucket", "NotFound"}
 
+_CALLED = "?uploadId="
+"""In the ledger, before what S3 calls an upload."""
+
 _IN_PARTS = 8 * 1024 * 1024
 """Bytes from which a file travels in parts (boto3's own default). S3 keeps, unseen, what was sent of one that was
 killed, and bills it."""
 
-_BEGUN_WITHIN_S = 600.0
-"""So far from its line in the ledger an upload may have begun at S3: calls are tried again, and clocks differ."""
+_BEGUN_WITHIN_S = 120.0
+"""So far from its line in the ledger an upload may have begun at S3 whose process was killed before S3 had named it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class File:
     """Of its content; of whatever names that where ``etag`` does."""
     bytes: int
     etag: str = ""
-    """S3's own of a file that lies there and was never read here."""
+    """What S3 says of a file that lies there."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,12 @@ class Bundle:
         found = []
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            source = origins.get(name, path)
-            found.append(File(name, source, digests.get(name) or file_sha256(path), path.stat().st_size))
+            digest, size = digests.get(name) or file_sha256(path), path.stat().st_size
+            found.append(
+                File(name, origins[name], digest, size, _etag(path))
+                if name in origins
+                else File(name, path, digest, size)
+            )
         return cls(tuple(found))
 
     @cached_property
@@ -151,10 +160,8 @@ def clear_abandoned(aws: Aws) -> None:
     Warns where that is refused, and the ledger keeps it for later.
     """
     ledger = Ledger.of(aws)
-    begun = [entry for entry in ledger.pending() if entry.kind == "upload"]
-    sent_now = {_place(entry) for entry in begun if not entry.is_abandoned}
-    for entry in begun:
-        if entry.is_abandoned and _place(entry) not in sent_now:
+    for entry in ledger.pending():
+        if entry.kind == "upload" and entry.is_abandoned:
             try:
                 _clear(aws, entry)
             except AwsError as error:
@@ -165,65 +172,103 @@ def clear_abandoned(aws: Aws) -> None:
 
 
 def _send(aws: Aws, url: str, source: Path, kms_key: str | None) -> None:
-    """Write a file. While it travels in parts, the ledger has a line, which an upload that fails leaves there."""
+    """Write a file. While it travels in parts, the ledger has lines, which an upload that fails leaves there."""
     from boto3.s3.transfer import TransferConfig
 
-    bucket, key = split(url)
-    in_parts, name = source.stat().st_size >= _IN_PARTS, f"{url}#{secrets.token_hex(4)}"
-    if in_parts:
-        Ledger.of(aws).creating("upload", name)
-    with explained(f"writing {url} (s3:PutObject)"):
-        how = TransferConfig(multipart_threshold=_IN_PARTS)
-        aws.client("s3").upload_file(str(source), bucket, key, ExtraArgs=_encrypted(kms_key), Config=how)
-    if in_parts:
-        Ledger.of(aws).gone("upload", name)
+    s3, (bucket, key) = aws.client("s3"), split(url)
+    how = TransferConfig(multipart_threshold=_IN_PARTS)
+    with explained(f"writing {url} (s3:PutObject)"), _noted(aws, s3, url, in_parts=source.stat().st_size >= _IN_PARTS):
+        s3.upload_file(str(source), bucket, key, ExtraArgs=_encrypted(kms_key), Config=how)
+
+
+@contextlib.contextmanager
+def _noted(aws: Aws, s3: Any, url: str, *, in_parts: bool) -> Iterator[None]:
+    """Keep in the ledger what is sent in parts: that it begins, and what S3 has called it, until it is there."""
+    if not in_parts:
+        yield
+        return
+    ledger, names = Ledger.of(aws), [f"{url}#{secrets.token_hex(4)}"]
+    ledger.creating("upload", names[0])
+
+    def note(parsed: Mapping[str, Any], **_: object) -> None:
+        if parsed.get("UploadId") and url == f"s3://{parsed['Bucket']}/{parsed['Key']}":
+            names.append(f"{url}{_CALLED}{parsed['UploadId']}")
+            ledger.creating("upload", names[-1])
+            ledger.gone("upload", names[0])
+
+    event = ("after-call.s3.CreateMultipartUpload", note, names[0])
+    s3.meta.events.register(*event)
+    try:
+        yield
+    finally:
+        s3.meta.events.unregister(*event)
+    for name in names:
+        ledger.gone("upload", name)
 
 
 def _copy(aws: Aws, file: File, url: str, kms_key: str | None) -> None:
-    """Copy within S3 what is there still as it was looked at, by S3's ETag or the sum that it makes.
-
-    Raises `UsageError` where it is another file by now.
-    """
+    """Copy within S3 what is there still as it was looked at. Raises `UsageError` where it is another file by now."""
     bucket, key = split(url)
-    request = {
-        "CopySource": dict(zip(("Bucket", "Key"), split(str(file.source)), strict=True)),
-        "Bucket": bucket,
-        "Key": key,
-        "TaggingDirective": "REPLACE",  # tags would need permissions of their own
-        **_encrypted(kms_key),
-        **({"CopySourceIfMatch": file.etag} if file.etag else {"ChecksumAlgorithm": "SHA256"}),
-    }
-    changed = UsageError(f"{file.source} is another image than when it was looked at; begin anew")
-    try:
-        with explained(f"copying {file.source} to {url} (s3:GetObject, s3:PutObject)"):
-            done = aws.client("s3").copy_object(**request)["CopyObjectResult"]
-    except AwsError as error:
-        if error.code == "PreconditionFailed":
-            raise changed from error
-        raise
-    if not file.etag and base64.b64decode(done["ChecksumSHA256"]).hex() != file.sha256:
-        put(aws, url, b"", kms_key)  # of another size, so it is not taken for the image later
-        raise changed
+    origin = dict(zip(("Bucket", "Key"), split(str(file.source)), strict=True))
+    s3 = aws.client("s3")
+
+    def copy(etag: str) -> bool:
+        try:
+            s3.copy_object(
+                CopySource=origin,
+                CopySourceIfMatch=etag,
+                Bucket=bucket,
+                Key=key,
+                TaggingDirective="REPLACE",  # tags would need permissions of their own
+                **_encrypted(kms_key),
+            )
+        except s3.exceptions.ClientError as error:
+            if code_of(error) != "PreconditionFailed":
+                raise
+            return False
+        return True
+
+    with explained(f"copying {file.source} to {url} (s3:GetObject, s3:PutObject)"):
+        if copy(file.etag):
+            return
+        # Of what was sent in parts, or encrypted with a key of KMS, the ETag is no MD5: then its content says it.
+        found = s3.get_object(**origin)
+        is_same = hashlib.sha256(found["Body"].read()).hexdigest() == file.sha256
+        if not (is_same and copy(found["ETag"])):
+            raise UsageError(f"{file.source} is another image than when it was looked at; begin anew")
 
 
-def _place(entry: Entry) -> str:
-    return entry.name.rpartition("#")[0]
+def _etag(path: Path) -> str:
+    """Return what S3 says of a file that was sent whole and is not encrypted with a key of KMS."""
+    with path.open("rb") as file:
+        return f'"{hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest()}"'
 
 
 def _clear(aws: Aws, entry: Entry) -> None:
-    """Abort what S3 has of an upload; one that others began at another time stays. Raises `AwsError`."""
-    bucket, key = split(_place(entry))
+    """Abort an upload that S3 has named, or of which it is only known when it began. Raises `AwsError`."""
+    url, _, upload_id = entry.name.partition(_CALLED)
+    url = url if upload_id else entry.name.rpartition("#")[0]
+    bucket, key = split(url)
     s3 = aws.client("s3")
-    needed = "s3:ListBucketMultipartUploads, s3:AbortMultipartUpload"
+    with explained(f"clearing what was left of {url} (s3:ListBucketMultipartUploads, s3:AbortMultipartUpload)"):
+        ids = [upload_id] if upload_id else _begun_then(s3, bucket, key, entry.t)
+        for one in ids:
+            try:
+                s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=one)
+            except s3.exceptions.ClientError as error:
+                if code_of(error) not in {*_MISSING, "NoSuchUpload"}:
+                    raise
+
+
+def _begun_then(s3: Any, bucket: str, key: str, t: float) -> list[str]:
     try:
-        with explained(f"clearing what was left of {_place(entry)} ({needed})"):
-            for page in s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=key):
-                for upload in page.get("Uploads", ()):
-                    if upload["Key"] == key and abs(upload["Initiated"].timestamp() - entry.t) < _BEGUN_WITHIN_S:
-                        s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload["UploadId"])
-    except AwsError as error:
-        if error.code not in {*_MISSING, "NoSuchUpload"}:
-            raise
+        pages = list(s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=key))
+    except s3.exceptions.ClientError as error:
+        if code_of(error) in _MISSING:
+            return []
+        raise
+    found = [upload for page in pages for upload in page.get("Uploads", ()) if upload["Key"] == key]
+    return [one["UploadId"] for one in found if abs(one["Initiated"].timestamp() - t) < _BEGUN_WITHIN_S]
 
 
 def _encrypted(kms_key: str | None) -> dict[str, str]:

@@ -24,35 +24,17 @@ from detkit_sagemaker.testing.storage import Begun
 from detkit_sagemaker.testing.training import TrainingJobs
 from detkit_sagemaker.testing.transform import TransformJobs
 from detkit_sagemaker.testing.tuning import TuningJobs
-from detkit_sagemaker.testing.validation import botocore_session, check_answer, check_request, operations, service_model
+from detkit_sagemaker.testing.validation import (
+    botocore_session,
+    check_answer,
+    check_request,
+    operations,
+    rest_operation,
+    service_model,
+)
 
 _CREDENTIAL = re.compile(r"Credential=([^/,]+)/\d+/[^/]+/([^/]+)/aws4_request")
 _INVOCATION = re.compile(r"/endpoints/([^/]+)/invocations")
-_SCHEDULE = re.compile(r"/schedules/([^/]+)")
-_S3_OPERATIONS = {
-    ("PUT", True): "PutObject",
-    ("GET", True): "GetObject",
-    ("HEAD", True): "HeadObject",
-    ("DELETE", True): "DeleteObject",
-    ("PUT", False): "CreateBucket",
-    ("GET", False): "ListObjectsV2",
-    ("HEAD", False): "HeadBucket",
-    ("DELETE", False): "DeleteBucket",
-}
-_S3_OPERATIONS_BY_QUERY = {
-    ("PUT", "partNumber"): "UploadPart",
-    ("POST", "uploads"): "CreateMultipartUpload",
-    ("GET", "uploads"): "ListMultipartUploads",
-    ("POST", "uploadId"): "CompleteMultipartUpload",
-    ("DELETE", "uploadId"): "AbortMultipartUpload",
-    ("POST", "delete"): "DeleteObjects",
-}
-_SCHEDULE_OPERATIONS = {
-    "POST": "CreateSchedule",
-    "PUT": "UpdateSchedule",
-    "DELETE": "DeleteSchedule",
-    "GET": "GetSchedule",
-}
 
 Environ = dict[str, Any]
 Answered = tuple[int, list[tuple[str, str]], bytes]
@@ -263,15 +245,9 @@ def _operation(environ: Environ, service: str) -> str:
         return str(target).split(".")[-1]
     if service == "sagemaker":
         return "InvokeEndpoint"
-    if service == "scheduler" and _SCHEDULE.fullmatch(path):
-        return _SCHEDULE_OPERATIONS.get(method, method)
-    if service == "s3":
-        for (verb, part), operation in _S3_OPERATIONS_BY_QUERY.items():
-            if verb == method and part in query:
-                return operation
-        if method == "PUT" and "HTTP_X_AMZ_COPY_SOURCE" in environ:
-            return "CopyObject"
-        return _S3_OPERATIONS.get((method, "/" in path.strip("/")), method)
+    if service in ("s3", "scheduler"):
+        headers = {name.removeprefix("HTTP_").replace("_", "-").lower() for name in environ if name.startswith("HTTP_")}
+        return rest_operation(service, method, path, {*query, *headers}) or method
     if environ.get("CONTENT_TYPE", "").startswith("application/x-www-form-urlencoded"):
         return parse_qs(_body(environ).decode()).get("Action", [method])[0]
     return method

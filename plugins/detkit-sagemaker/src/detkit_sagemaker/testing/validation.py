@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from detkit_sagemaker.testing.refusals import Refused
@@ -35,6 +35,43 @@ def operations() -> dict[str, str]:
     from botocore import xform_name
 
     return {xform_name(name): name for name in service_model("sagemaker").operation_names}
+
+
+def rest_operation(service: str, method: str, path: str, given: Collection[str]) -> str | None:
+    """Return the operation that a request calls in a service of REST: the one that asks for most of what is given.
+
+    ``given`` are the names of its parameters and, in small letters, of its headers.
+    """
+    fitting = [
+        (len(needed), -len(name), name)  # ListBuckets rather than ListDirectoryBuckets, which has another address
+        for name, verb, pattern, needed in _rest_operations(service)
+        if verb == method and pattern.fullmatch(path) and needed <= set(given)
+    ]
+    return max(fitting)[-1] if fitting else None
+
+
+@functools.cache
+def _rest_operations(service: str) -> list[tuple[str, str, re.Pattern[str], frozenset[str]]]:
+    """Return name, method, pattern of the path, and what a request has to have of every operation."""
+    from botocore.loaders import create_loader
+    from botocore.model import ServiceModel
+
+    # A session of its own: clients take the bucket out of the paths of the models that they share.
+    known = ServiceModel(create_loader().load_service_model(service, "service-2"), service)
+    found = []
+    for name in known.operation_names:
+        model = known.operation_model(name)
+        uri, _, query = model.http["requestUri"].partition("?")
+        pattern = re.sub(r"\\{\w+\\}", "[^/]+", re.sub(r"\\{\w+\\\+\\}", ".+", re.escape(uri)))
+        needed = {part.partition("=")[0] for part in query.split("&") if part}
+        shape = model.input_shape
+        for member in shape.required_members if shape else ():
+            place = shape.members[member].serialization
+            if place.get("location") in ("querystring", "header"):
+                needed.add(place["name"] if place["location"] == "querystring" else place["name"].lower())
+        if not model.deprecated:
+            found.append((name, model.http["method"], re.compile(f"{pattern}/?"), frozenset(needed)))
+    return found
 
 
 def check_request(operation: str, request: Any) -> None:
