@@ -340,8 +340,9 @@ def _usual_format(workspace: Workspace, parts: Mapping[str, Dataset], parent: Mo
     Else packs, whose writer refuses what it would read otherwise; also where it goes on from a model, which AWS
     documents for packs and images that are copied first.
     """
-    odd = any(preflight.odd_images(data) for data in parts.values())
-    return "manifest" if parent is None and channels.are_in_s3(workspace) and not odd else "recordio"
+    if parent is not None or not channels.are_in_s3(workspace):
+        return "recordio"
+    return "recordio" if any(preflight.odd_images(data) for data in parts.values()) else "manifest"
 
 
 def _jumpstart(given: _Common) -> Submission:
@@ -352,8 +353,9 @@ def _jumpstart(given: _Common) -> Submission:
     isolated = given.options.network_isolation
     isolated = hub.training_enable_network_isolation if isolated is None else isolated
     parts = {name: data for name in ("train", "validation") if (data := given.workspace.dataset(name)) is not None}
-    concerns = [one for name, data in parts.items() for one in preflight.own_algorithm_data("JumpStart", name, data)]
-    _refuse_errors(concerns)
+    _refuse_errors(
+        [odd for name, data in parts.items() for odd in preflight.own_algorithm_data("JumpStart", name, data)]
+    )
     staged, classes = channels.for_jumpstart(given.workspace, given.folder, given.but)
     if unknown := [name for name in given.job.classes if name not in classes]:
         given.notes.append(f"no image that is sent has a box of {', '.join(unknown)}, so the model will not know it")
@@ -388,10 +390,7 @@ def _jumpstart(given: _Common) -> Submission:
         staged=staged,
         estimate=estimate,
         notes=[*given.notes, split],
-        concerns=[
-            *concerns,
-            *([] if parent is None else preflight.same_classes("JumpStart", classes, parent.classes)),
-        ],
+        concerns=[] if parent is None else preflight.same_classes("JumpStart", classes, parent.classes),
         metrics=hub.metrics,
         hosting={
             "image": hub.hosting_image(host),
