@@ -331,7 +331,7 @@ def odd_images(data: Dataset) -> dict[Odd, list[str]]:
 
 
 def own_algorithm_data(who: str, name: str, data: Dataset) -> Iterator[Concern]:
-    """Yield what an algorithm of AWS would read otherwise than it is displayed, or not at all: files travel as they are."""
+    """Yield what an algorithm of AWS would read otherwise than it is displayed, or not at all, in files as they are."""
     odd = odd_images(data)
     if turned := odd.get("turned"):
         yield _error(
