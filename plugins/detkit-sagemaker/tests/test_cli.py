@@ -27,7 +27,7 @@ from detkit_sagemaker.container.build import plan
 from detkit_sagemaker.ledger import Ledger
 from detkit_sagemaker.policies import Policies, apply
 from detkit_sagemaker.testing import Faults, Simulator
-from detkit_sagemaker.testing.faults import WORDS
+from detkit_sagemaker.testing.faults import WORDS, DropConnection
 
 if TYPE_CHECKING:
     from conftest import Trained
@@ -240,6 +240,44 @@ def test_what_stays_in_an_account_is_written_down_before_it_is_made_and_kept(
     for _, name in roles:
         assert boto3.client("iam").get_role(RoleName=name)
     boto3.client("s3").head_bucket(Bucket=echo_account.bucket)
+
+
+SETUP, BUILD = ["setup", "--apply"], ["build-image", "--with", "echo", "--codebuild", "--yes"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("operation", "words"),
+    [
+        ("CreateRole", SETUP),
+        ("CreatePolicy", SETUP),
+        ("CreateRepository", BUILD),
+        ("CreateProject", BUILD),
+        ("StartBuild", BUILD),
+    ],
+)
+def test_killed_while_something_lasting_is_made(
+    operation: str, words: list[str], when: str, echo_account: Simulator, typed: Typed
+) -> None:
+    """The ledger knows of it, nothing lives that costs, and the same command does the rest."""
+    if words == BUILD:
+        assert typed(*SETUP) == 0
+    known = {one.kind for one in Ledger.of(Aws()).pending()}
+    command = [sys.executable, "-m", "detkit.cli", "sagemaker", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+
+        def kill() -> None:
+            process.kill()
+            if when == "before":
+                raise DropConnection
+
+        getattr(echo_account.faults, f"crash_{when}")(operation, kill)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, told.decode()
+    kind = operation.removeprefix("Create").lower()
+    assert kind in {one.kind for one in Ledger.of(Aws()).pending()} - known or operation == "StartBuild"
+    assert echo_account.live() == []
+    assert typed(*words) == 0, typed.err
 
 
 def test_a_build_is_not_begun_twice_where_an_answer_gets_lost(echo_account: Simulator, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,6 +251,33 @@ def test_stop_and_resume_go_on_from_checkpoints(simulator: Simulator, data: Data
         run.wait()
     assert run.status == "finished"
     assert detkit.evaluate(run, data, allow_seen=True)["AP"] == detkit.evaluate(whole, data, allow_seen=True)["AP"]
+
+
+STRANGER = Path(__file__).parents[3] / "tests/stranger/detkit-mean/src/detkit_mean"
+
+
+def test_a_strangers_engine_trains_in_our_container(
+    simulator: Simulator, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is installed where the command runs and in the image, which needs to know nothing else of it."""
+    site = tmp_path / "site"
+    shutil.copytree(STRANGER, site / "detkit_mean")
+    about = site / "detkit_mean-0.1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: detkit-mean\nVersion: 0.1.0\n")
+    (about / "entry_points.txt").write_text("[detkit]\nmean = detkit_mean\n")
+    monkeypatch.setenv("PYTHONPATH", f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    detkit.write_dataset(data, tmp_path / "coco")
+    words = [str(tmp_path / "coco"), str(tmp_path / "coco"), "--model", "mean/boxes"]
+    there = ["--backend", "sagemaker", "--role", simulator.role, "--image-uri", IMAGE, "--yes"]
+    runs = {"here": [], "there": there}
+    for name, more in runs.items():
+        command = [sys.executable, "-m", "detkit.cli", "train", *words, *more, "--name", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    found = {name: open_run(name).model for name in runs}
+    assert found["there"].name == found["here"].name == "mean/boxes"
+    assert found["there"].manifest.artifacts == found["here"].manifest.artifacts
 
 
 def test_ctrl_c_leaves_the_job(simulator: Simulator, data: Dataset, tmp_path: Path) -> None:
