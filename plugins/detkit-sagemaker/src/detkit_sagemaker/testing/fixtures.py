@@ -23,9 +23,10 @@ def simulator_images() -> Mapping[str, Sequence[str]]:
 def simulator(
     simulator_images: Mapping[str, Sequence[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Simulator]:
-    """A simulated AWS account. The environment leads boto3 to it for the time of the test."""
+    """A simulated AWS account. The environment leads boto3 to it for the time of the test, and has a ledger for it."""
     for name in [name for name in os.environ if name.startswith("AWS_") or name.upper().endswith("_PROXY")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("DETKIT_LEDGER", str(tmp_path / "aws-ledger.jsonl"))
     with Simulator(images=simulator_images, folder=tmp_path / "aws") as aws:
         for name, value in aws.environment.items():
             monkeypatch.setenv(name, value)
