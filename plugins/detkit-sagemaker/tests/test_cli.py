@@ -346,8 +346,8 @@ def local(folder: Path, *words: str) -> Iterator[dict[str, str]]:
 
 
 def client_there(exported: Mapping[str, str], service: str) -> Any:
-    """Return a client of an account, which tries nothing twice."""
-    return boto3.client(
+    """Return a client of an account, which tries nothing twice; boto3's default session is left to others."""
+    return boto3.session.Session().client(
         service,
         endpoint_url=exported["AWS_ENDPOINT_URL"],
         region_name=exported["AWS_REGION"],

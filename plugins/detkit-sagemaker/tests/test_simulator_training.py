@@ -214,6 +214,7 @@ def test_stop(simulator: Simulator, sagemaker: Any, s3: Any) -> None:
 
 
 def test_the_time_limit_kills_what_does_not_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
     with Simulator(images={"mine:1": CONTAINER}, folder=tmp_path, grace=0.2) as simulator:
         for name, value in simulator.environment.items():
             monkeypatch.setenv(name, value)
@@ -238,6 +239,7 @@ def test_the_time_limit_kills_what_does_not_stop(tmp_path: Path, monkeypatch: py
 
 
 def test_containers_may_have_a_real_opt_ml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
     simulator = Simulator(images={"mine:1": CONTAINER}, folder=tmp_path, opt_ml=True)
     if not can_mount():
         with pytest.raises(RuntimeError, match="user namespaces"):
