@@ -230,6 +230,9 @@ def test_looking_creates_nothing(aws: Simulator, tmp_path: Path) -> None:
     }
     for model, more in ways.items():
         assert trainer(aws, model, **more).plan(data, data).requests
+    search = {"space": {"learning_rate": detkit.Float(0.01, 0.5, log=True)}, "trials": 2}
+    built_in = trainer(aws, "object-detection", mini_batch_size=4)
+    assert detkit.Tuner(built_in, **search).plan(data, data).requests  # type: ignore[arg-type]
     calls = set(aws.calls[before:])
     assert {"HeadBucket", "GetRole", "ListServiceQuotas", "DescribeHubContent"} <= calls
     assert not [call for call in calls if not call.startswith(("Head", "Get", "List", "Describe", "Batch"))]
