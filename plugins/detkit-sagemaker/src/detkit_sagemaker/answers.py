@@ -37,7 +37,8 @@ NO_OBJECT = -1
 _TOLERANCE = 1.0
 """A box may reach so far out of the image, in its sides; detectors do not clip. Farther, it is no share of a side."""
 
-_READ_BY_AWS = {"JPEG", "PNG"}
+READ_BY_AWS = {"JPEG", "PNG"}
+"""Formats, by Pillow's names, that AWS's containers are known to read."""
 
 
 class MalformedAnswer(DetkitError):
@@ -200,7 +201,7 @@ def look(kind: Kind, source: Path | bytes, name: str) -> tuple[int, int, bool]:
     PNG) or turn (EXIF): their boxes have to be those of the image as displayed. Raises `ImageError`.
     """
     header = images.read_header(source, name)
-    as_it_is = kind == "detkit" or (header.orientation == 1 and _format(source) in _READ_BY_AWS)
+    as_it_is = kind == "detkit" or (header.orientation == 1 and _format(source) in READ_BY_AWS)
     return header.width, header.height, as_it_is
 
 

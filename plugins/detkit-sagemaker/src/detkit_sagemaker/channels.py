@@ -101,10 +101,12 @@ def for_our_container(workspace: Workspace, job: Job, folder: Path, but: Collect
             continue
         there = _in_s3(workspace, channel.name)
         urls = {name: str(file.source) for name, file in there.items()}
-        files = Bundle.of(channel, digests=_digests(workspace, channel.name), origins=urls).files
-        here = tuple(file for file in files if file.name not in there)
-        if there and len({uploads.split(url)[0] for url in urls.values()}) == 1:
-            images, links = _left_in_s3(channel.name, there, folder)
+        left = there if len({uploads.split(url)[0] for url in urls.values()}) == 1 else {}
+        copied = {} if left else urls
+        files = Bundle.of(channel, digests=_digests(workspace, channel.name), origins=copied).files
+        if left:
+            images, links = _left_in_s3(channel.name, left, folder)
+            here = tuple(file for file in files if file.name not in left)
             staged += [images, Staged(name=channel.name, bundle=Bundle((*here, links)), input_mode="File")]
         elif files:
             staged.append(Staged(name=channel.name, bundle=Bundle(files)))

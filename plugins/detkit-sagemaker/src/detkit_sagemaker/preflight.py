@@ -15,11 +15,12 @@ from PIL import Image as PillowImage
 
 from detkit.data import Dataset
 from detkit.errors import DetkitError, ImageError
-from detkit.images import read_bytes
+from detkit.images import read_bytes, read_header
 from detkit.plans import Concern
 from detkit.recordio import packed
 from detkit.sagemaker_object_detection import BuiltinParams
 from detkit_sagemaker import images
+from detkit_sagemaker.answers import READ_BY_AWS
 from detkit_sagemaker.aws import AccessDenied, Aws, AwsError, explained
 from detkit_sagemaker.builtin import hyperparameters, needed_label_width
 from detkit_sagemaker.options import AccountOptions, SagemakerOptions
@@ -49,8 +50,6 @@ _SHARE_OF_DISK = 0.8
 _CHANNELS = ("train", "validation")
 
 Odd = Literal["channels", "format", "turned"]
-_ORIENTATION = 0x0112
-"""EXIF's tag."""
 
 
 def account(
@@ -255,9 +254,10 @@ def builtin_data(
             found.append(
                 _warning(f"{name}: {empty} images without boxes; jobs have failed on such (AWS's examples, issue 643)")
             )
-        found += _channels(name, data, data_format)
+        odd = odd_images(data)
+        found += _channels(name, odd, data_format)
         if data_format != "recordio":  # whose writer looks at all of them
-            found += own_algorithm_data("the built-in algorithm", name, data)
+            found += own_algorithm_data("the built-in algorithm", name, odd)
     train = channels["train"]
     samples = int((train.boxes_per_image() > 0).sum()) if left_out else len(train)
     found += _settings(params, parts, samples)
@@ -330,9 +330,8 @@ def odd_images(data: Dataset) -> dict[Odd, list[str]]:
     return found
 
 
-def own_algorithm_data(who: str, name: str, data: Dataset) -> Iterator[Concern]:
+def own_algorithm_data(who: str, name: str, odd: Mapping[Odd, Sequence[str]]) -> Iterator[Concern]:
     """Yield what an algorithm of AWS would read otherwise than it is displayed, or not at all, in files as they are."""
-    odd = odd_images(data)
     if turned := odd.get("turned"):
         yield _error(
             f"{name}: EXIF turns {_some(turned)}, and {who} may not turn them, so that boxes would lie elsewhere; turn "
@@ -344,12 +343,14 @@ def own_algorithm_data(who: str, name: str, data: Dataset) -> Iterator[Concern]:
         )
 
 
-def _channels(name: str, data: Dataset, data_format: str) -> Iterator[Concern]:
+def _channels(name: str, odd: Mapping[Odd, Sequence[str]], data_format: str) -> Iterator[Concern]:
     """The documentation of the built-in algorithm knows images of three channels only."""
-    odd = odd_images(data).get("channels")
-    if not odd:
+    if "channels" not in odd:
         return
-    told = f"{name}: {_some(odd)} have not three channels, and AWS documents no others for the built-in algorithm"
+    told = (
+        f"{name}: {_some(odd['channels'])} have not three channels, and AWS documents no others for the built-in "
+        "algorithm"
+    )
     if data_format == "recordio":
         yield _warning(f"{told}; MXNet's reader is known to make grey ones RGB")
     else:
@@ -362,14 +363,14 @@ def _some(image_ids: Sequence[str]) -> str:
 
 def _odd(path: str) -> Iterator[Odd]:
     """Look at an image's header; a palette counts as three channels."""
+    if read_header(path).orientation != 1:
+        yield "turned"
     try:
         with PillowImage.open(path if packed(path) is None else io.BytesIO(read_bytes(path))) as image:
             if image.mode != "P" and len(image.getbands()) != 3:
                 yield "channels"
-            if image.format not in ("JPEG", "PNG"):
+            if image.format not in READ_BY_AWS:
                 yield "format"
-            if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
-                yield "turned"
     except OSError as error:
         raise ImageError(path, str(error)) from error
 

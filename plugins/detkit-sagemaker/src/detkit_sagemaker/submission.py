@@ -166,6 +166,12 @@ class _Common:
     def root(self) -> str:
         return root_of(self.aws, self.options)
 
+    @property
+    def parts(self) -> dict[str, Dataset]:
+        """What is trained with and what is validated on, where there is any."""
+        found = {name: self.workspace.dataset(name) for name in ("train", "validation")}
+        return {name: data for name, data in found.items() if data is not None}
+
     def request(
         self,
         *,
@@ -291,7 +297,7 @@ def _starts_from(given: _Common) -> tuple[dict[str, Any], list[Staged]]:
 def _builtin(given: _Common) -> Submission:
     params = msgspec.convert(given.job.params, builtin.ObjectDetectionParams)
     parent = _parent(given.workspace)
-    parts = {name: data for name in ("train", "validation") if (data := given.workspace.dataset(name)) is not None}
+    parts = given.parts
     form = given.options.data_format or _usual_format(given.workspace, parts, parent)
     full_only = given.options.data_format is None
     concerns = [
@@ -352,9 +358,13 @@ def _jumpstart(given: _Common) -> Submission:
     instance_type = hub.training_instance(given.options.instance_type)
     isolated = given.options.network_isolation
     isolated = hub.training_enable_network_isolation if isolated is None else isolated
-    parts = {name: data for name in ("train", "validation") if (data := given.workspace.dataset(name)) is not None}
+    parts = given.parts
     _refuse_errors(
-        [odd for name, data in parts.items() for odd in preflight.own_algorithm_data("JumpStart", name, data)]
+        [
+            one
+            for name, data in parts.items()
+            for one in preflight.own_algorithm_data("JumpStart", name, preflight.odd_images(data))
+        ]
     )
     staged, classes = channels.for_jumpstart(given.workspace, given.folder, given.but)
     if unknown := [name for name in given.job.classes if name not in classes]:
