@@ -17,15 +17,17 @@ Processors that others use make two threads wait for each other: there, measure 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
 import multiprocessing
+import os
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -41,6 +43,7 @@ from detkit.checkpoints import STEP
 from detkit.data import Dataset
 from detkit.formats.checks import prepare
 from detkit.job import Job, Workspace
+from detkit.processes import for_speed
 from detkit.shapes import write_shapes
 from detkit_torchvision import batches
 from detkit_torchvision.devices import CHANNELS_LAST, CONTIGUOUS, keep_freed_memory
@@ -85,10 +88,25 @@ class Contender:
     """Whether the backbone is compiled, which takes a minute or two that do not count."""
     own_recipe: bool = False
     """Whether images are changed as the model's defaults say, gradients clipped and weights averaged."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Of the environment, in place of what detkit gives its workers."""
+
+    @contextlib.contextmanager
+    def environment(self) -> Iterator[None]:
+        """Let processes that are started meanwhile have the environment of a user's, or of a worker of detkit."""
+        before = dict(os.environ)
+        os.environ.update({} if self.plain else for_speed({**before, **self.variables}))
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 SWITCHES = {
     "memory is given back": {"allocator": False},
+    "small pages": {"variables": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}},
+    "threads wait long": {"variables": {"GOMP_SPINCOUNT": "300000"}},
     "tensors in planes": {"layout": CONTIGUOUS},
     "images decoded every time": {"cache": False},
     "one thread loads images": {"num_workers": 1},
@@ -210,7 +228,8 @@ def race(contenders: list[Contender], images: Path, rounds: int) -> list[Measure
         for one in contenders:
             here, there = context.Pipe()
             processes.append(context.Process(target=work, args=(one, images, there), daemon=True))
-            processes[-1].start()
+            with one.environment():
+                processes[-1].start()
             there.close()
             ends.append(here)
             here.send(2)  # the first steps are not counted

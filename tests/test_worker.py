@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import signal
@@ -31,7 +32,7 @@ from detkit.backends import LocalBackend, PredictOptions
 from detkit.errors import PluginError, RunFailed, UsageError, WorkerDied
 from detkit.files import write_json
 from detkit.job import Workspace
-from detkit.processes import Caller, WorkerDetector, export_in_worker, last_lines
+from detkit.processes import Caller, WorkerDetector, export_in_worker, for_speed, last_lines, worker_environment
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -616,3 +617,46 @@ def test_ctrl_c_while_it_predicts(strange: Strange, trained: Model, tiny: Datase
     assert gone(int(Path("child").read_text()))
     with pytest.raises(UsageError, match="or interrupted while it predicted; open it anew"):
         predictor(tiny.paths[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "GOMP_SPINCOUNT": "20000"}),
+        (
+            {"A": "b", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1"},
+            {"A": "b", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1", "GOMP_SPINCOUNT": "20000"},
+        ),
+        (
+            {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0", "OMP_WAIT_POLICY": "active"},
+            {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0", "OMP_WAIT_POLICY": "active"},
+        ),
+        (
+            {"GOMP_SPINCOUNT": "7"},
+            {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "GOMP_SPINCOUNT": "7"},
+        ),
+    ],
+)
+def test_what_c_libraries_read_is_set_unless_the_user_did(given: dict[str, str], expected: dict[str, str]) -> None:
+    assert for_speed(given) == expected
+
+
+def test_a_worker_has_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    library, version = platform.libc_ver()
+    if library != "glibc" or [int(part) for part in version.split(".")] < [2, 35]:
+        pytest.skip("it is glibc 2.35 that asks for them")
+    if not offered.is_file() or "[never]" in offered.read_text():
+        pytest.skip("this Linux gives none")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    script = (
+        "held = bytearray(64 << 20); held[::4096] = bytes(len(held[::4096]))\n"
+        "import re; print(re.search(r'AnonHugePages: +([0-9]+) kB', open('/proc/self/smaps_rollup').read())[1])"
+    )
+    kilobytes = [
+        int(subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=True, text=True).stdout)
+        for env in (worker_environment(sys.executable), {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"})
+    ]
+    assert kilobytes[0] > 32 << 10
+    if "[madvise]" in offered.read_text():
+        assert kilobytes[1] == 0, "only who asks has them"

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -34,6 +34,16 @@ from detkit.wire import Client, Exported, Opened, SharedMemory
 
 if TYPE_CHECKING:
     from detkit.backends import PredictOptions
+
+_TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+
+_SPINS = "20000"
+"""How often a thread of GCC's OpenMP looks for work before it sleeps: ``GOMP_SPINCOUNT``, by default 300,000.
+
+Its threads wait for each other at the end of every operation; where another process has the core of one of them, the
+rest would spin for most of that process's turn. Measured with a step of ``fcos_small`` on two cores: beside one busy
+process it takes half the time, and on a quiet machine 5 % less processor time in the same wall time.
+"""
 
 HELD_CODE = 75
 """Exit code of a worker that finds another one in its run directory; that of ``EX_TEMPFAIL``."""
@@ -123,7 +133,20 @@ def worker_command(python: str, backend: str, *arguments: str) -> list[str]:
 def worker_environment(python: str) -> dict[str, str]:
     """Return the environment variables of a new worker: none that torchrun gave this process, none of its leash."""
     not_its_own = {"DETKIT_LEASH", *VARIABLES}
-    return {name: value for name, value in worker_variables(python).items() if name not in not_its_own}
+    return for_speed({name: value for name, value in worker_variables(python).items() if name not in not_its_own})
+
+
+def for_speed(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return environment variables with what C libraries read when a process starts, unless they say something else.
+
+    glibc asks Linux for huge pages, 5 to 7 % less processor time for a step of torch on a CPU (tunable
+    ``glibc.malloc.hugetlb``); threads of OpenMP wait a shorter time for each other, see `_SPINS`. No result changes.
+    """
+    tunables = variables.get(_TUNABLES, "")
+    if _HUGE_PAGES not in tunables:
+        tunables = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
+    waits = {} if "OMP_WAIT_POLICY" in variables else {"GOMP_SPINCOUNT": _SPINS}
+    return {**waits, **variables, _TUNABLES: tunables}
 
 
 def start_worker(command: Sequence[str], *, leash: bool, **streams: Any) -> subprocess.Popen[bytes]:

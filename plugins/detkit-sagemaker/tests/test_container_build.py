@@ -28,6 +28,7 @@ import detkit_sagemaker
 from detkit.backends import PredictOptions
 from detkit.errors import RunFailed, UnknownName, UsageError
 from detkit.images import read_image
+from detkit.processes import for_speed
 from detkit.testing import tiny_dataset
 from detkit_sagemaker import building
 from detkit_sagemaker.container.build import BuildPlan, plan
@@ -79,6 +80,8 @@ def test_the_context_is_complete(built: BuildPlan) -> None:
     (entry,) = re.findall(r"^ENTRYPOINT (.*)$", dockerfile, re.MULTILINE)
     assert json.loads(entry) == ["python", "-m", "detkit_sagemaker.container"]
     assert "ARG BASE=python:3.11-slim-bookworm" in dockerfile
+    for variable, value in for_speed({}).items():
+        assert f"{variable}={value}" in dockerfile, "workers there are as fast as here"
 
 
 def test_the_wheels_install_and_run_by_themselves(built: BuildPlan, tmp_path: Path) -> None:

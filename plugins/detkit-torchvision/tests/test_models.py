@@ -109,6 +109,18 @@ def test_other_backbones(model: str, backbone: str) -> None:
     assert len(stages(network)) == 5
 
 
+def test_no_activation_makes_autograd_copy_what_it_was_given() -> None:
+    """As hard swish does in place: its gradient needs what came in."""
+    network: Any = build("ssdlite320_mobilenet_v3_large", 2, image_size=320).train()
+    images = torch.zeros(2, 3, 320, 320, dtype=torch.uint8)
+    boxes = [{"boxes": torch.tensor([[4.0, 4.0, 90.0, 90.0]]), "labels": torch.tensor([1])}] * 2
+    with torch.profiler.profile() as profile:
+        network(images, boxes)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::hardswish" in called
+    assert "aten::hardswish_" not in called
+
+
 def test_architecture_is_kept_with_the_model(masked: Dataset, tmp_path: Path) -> None:
     """Numbers that ``auto`` took from the boxes are told, recorded, and used where the model is opened."""
     auto = {"anchor_sizes": "auto", "anchor_ratios": "auto", "proposals": "auto", "backbone": "resnet18"}

@@ -7,10 +7,12 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from detkit.errors import UsageError
 
@@ -52,6 +54,22 @@ def to_device(network: Any, device: torch.device, layout: str = CHANNELS_LAST) -
     network.transform.channels_last = layout == CHANNELS_LAST
 
 
+def begin_reading(values: Tensor) -> Callable[[], list[float]]:
+    """Begin to copy numbers from their device; what is returned waits for that, and not for what was begun since."""
+    if values.device.type != "cuda":
+        return values.tolist
+    here = values.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        numbers: list[float] = here.tolist()
+        return numbers
+
+    return read
+
+
 def compile_backbone(network: Any) -> None:
     """Compile a network's backbone, whose weights keep their names. Raises `UsageError` without a C++ compiler."""
     compiler = os.environ.get("CXX") or "g++"
@@ -63,12 +81,12 @@ def compile_backbone(network: Any) -> None:
 def keep_freed_memory() -> None:
     """Tell glibc to keep the activations' memory between steps: fewer page faults, 2 to 24 % faster steps on CPUs.
 
-    Constants of ``malloc.h``: M_TRIM_THRESHOLD -1, M_TOP_PAD -2, M_MMAP_THRESHOLD -3.
+    Constants of ``malloc.h``: M_TRIM_THRESHOLD -1, which -1 turns off, M_TOP_PAD -2, M_MMAP_THRESHOLD -3.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    for name, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 128 << 20)):
+    for name, value in ((-3, 1 << 30), (-1, -1), (-2, 128 << 20)):
         libc.mallopt(name, value)
 
 
@@ -76,7 +94,8 @@ def use_threads(wanted: int | str) -> str | None:
     """Set torch's threads, ``auto`` leaving them as they are; return a warning where others keep the cores busy.
 
     Threads that share a core wait for each other at the end of every operation: with one busy process beside it, a
-    step on two threads took up to ten times as long as on one (measured with fcos_tiny on two cores).
+    step on two threads took twice as long as on one, and where OpenMP's own patience is kept, four to ten times
+    (measured with fcos_small and fcos_tiny on two cores; see `detkit.processes.for_speed`).
     """
     if wanted != "auto":
         torch.set_num_threads(int(wanted))

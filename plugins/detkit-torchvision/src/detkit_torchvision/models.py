@@ -56,6 +56,9 @@ def build(
         architecture=architecture,
     )
     model = spec.construct(settings)
+    for module in model.modules():
+        if isinstance(module, nn.Hardswish):
+            module.inplace = False  # in place, autograd would copy what comes in
     model.transform = Normalize(spec.mean, spec.std, size_divisible=spec.size_divisible)
     return model
 

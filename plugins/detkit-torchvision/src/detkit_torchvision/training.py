@@ -25,7 +25,7 @@ from detkit.ranks import Ranks
 from detkit.scores import SCORE_FLOOR, Scores, score
 from detkit_torchvision.batches import Batch, Inputs, cache_budget, load_batch
 from detkit_torchvision.detector import TorchvisionDetector
-from detkit_torchvision.devices import compile_backbone, describe_device, to_device, use_threads
+from detkit_torchvision.devices import begin_reading, compile_backbone, describe_device, to_device, use_threads
 from detkit_torchvision.distributed import Shared, average_statistics, device_of, merged, summed, threads_of
 from detkit_torchvision.freezing import Frozen, train_without_statistics
 from detkit_torchvision.memory import how_many, is_out_of_memory, kept_for_backward
@@ -166,10 +166,14 @@ class Training(TrainingLoop[Batch]):
         return self.ranks.shares(num_images, min(self.params["grad_accumulation"], num_images))
 
     def _backward(self, batch: Batch) -> dict[str, float]:
-        """Leave the gradients of a batch, taken in one or more passes; return the loss and its parts."""
+        """Leave the gradients of a batch, taken in one or more passes; return the loss and its parts.
+
+        They are looked at, and compared with other processes, once the passes back are under way: a GPU then has work,
+        and no process waits for the others twice in a step.
+        """
         self.optimizer.zero_grad()
         shares = self._shares(self.step)
-        sums: dict[str, float] = {}
+        found: list[Callable[[], list[float]]] = []
         start = 0
         for number, (own, share) in enumerate(shares, 1):
             rows = range(start, start + len(own))
@@ -179,24 +183,26 @@ class Training(TrainingLoop[Batch]):
                     losses = self._losses(self.shared, batch, rows)
                     parts = torch.stack(list(losses.values())) * share
                     total = parts.sum()
-                    found = dict(zip(["loss", *losses], torch.cat([total[None], parts]).tolist(), strict=True))
-                for name, value in self.agree(found).items():
-                    sums[name] = sums.get(name, 0.0) + value
-                self.check_finite(sums, self.batch_indices(self.step))
+                    found.append(begin_reading(torch.cat([total[None], parts]).detach()))
                 with self.clock.part("backward", on_device=True):
                     # Of several processes' gradients the mean is taken.
                     self.scaler.scale(total * self.ranks.size).backward()  # type: ignore[no-untyped-call]
-        return sums
+        sums = (sum(values) for values in zip(*(read() for read in found), strict=True))
+        agreed = self.agree(dict(zip(["loss", *losses], sums, strict=True)))
+        self.check_finite(agreed, self.batch_indices(self.step))
+        return agreed
 
     def _optimize(self) -> None:
         """Take a step along the gradients.
 
         In half precision it is left out where they are not finite: `torch.amp.GradScaler` does so for fp16, and on CPUs
-        torch's own kernels now and then return gradients of bf16 that are none. Compressed ones may be too large.
+        torch's own kernels now and then return gradients of bf16 that are none. Compressed ones may be too large. To
+        look at them is to wait for a GPU.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.params["gradient_clip"] or float("inf"))
-        half = "bf16" if self.way.amp == "bf16" else self.job.options["compress_gradients"]
+        is_half = self.way.amp == "bf16" and self.device.type == "cpu"
+        half = "bf16" if is_half else self.job.options["compress_gradients"]
         if half != "none" and not norm.isfinite():
             self.steps_left_out += 1
             self.say(f"step {self.step + 1} was left out, as {half} gave gradients that are not finite")
