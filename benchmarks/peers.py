@@ -6,9 +6,12 @@ are those of the process and its children, start and last prediction included; `
 
     python benchmarks/peers.py [--data NEU-DET] [--size 160] [--cpu-seconds 100] [--threads 2]
         [--model fcos_tiny ...] [--ultralytics PYTHON] [--yolo yolov8n.yaml ...]
+        [--detectron2 PYTHON --config CHECKOUT/configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml ...]
 
 Ultralytics' package is under AGPL-3.0 and no part of detkit: an interpreter that has it is started, and trains from
-scratch with its own defaults, without what needs a network.
+scratch with its own defaults, without what needs a network. Detectron2 trains with its own ``DefaultTrainer`` and one
+of its own configurations; what these expect of pretrained weights is changed: stages that are frozen, frozen batch
+norms, and a warm-up that would be longer than the training.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ def train_yolo(request: str) -> None:
     import torch
     from ultralytics import YOLO, settings
 
-    settings.update({"sync": False})
+    settings.update({"sync": False, "mlflow": False, "tensorboard": False})
     torch.set_num_threads(asked["threads"])
     model = YOLO(asked["model"])
     model.train(
@@ -46,6 +49,54 @@ def train_yolo(request: str) -> None:
         boxes = model.predict(image, imgsz=asked["size"], conf=CONFIDENCE, verbose=False)[0].boxes
         found.append([boxes.xyxy.tolist(), boxes.conf.tolist(), boxes.cls.int().tolist()])
     Path(asked["found"]).write_text(json.dumps(found))
+
+
+def train_detectron2(request: str) -> None:
+    """Train and predict in an interpreter that has Detectron2, or a checkout that detkit knows; boxes go to a file."""
+    asked = json.loads(request)
+    import torch
+
+    from detkit_detectron2 import sources
+
+    sources.load()
+    from detectron2.config import get_cfg
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.detection_utils import read_image
+    from detectron2.engine import DefaultPredictor, DefaultTrainer
+    from detectron2.structures import BoxMode
+
+    torch.set_num_threads(asked["threads"])
+    records = json.loads(Path(asked["data"]).read_text())
+    for record in records["train"]:
+        for annotation in record["annotations"]:
+            annotation["bbox_mode"] = BoxMode.XYXY_ABS
+    DatasetCatalog.register("peer", lambda: records["train"])
+    MetadataCatalog.get("peer").thing_classes = records["classes"]
+    cfg = get_cfg()
+    cfg.merge_from_file(asked["model"])
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("peer",), ()
+    cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = 0, False
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (asked["size"],), asked["size"]
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM = "cpu", "", 0, "BN"
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(records["classes"])
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = CONFIDENCE
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, cfg.OUTPUT_DIR = 16, 0, asked["folder"]
+    cfg.SOLVER.MAX_ITER = steps = max(9, asked["epochs"] * len(records["train"]) // 16)
+    cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.STEPS = steps // 10, (steps * 2 // 3, steps * 8 // 9)
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    cfg.MODEL.WEIGHTS = str(Path(asked["folder"], "model_final.pth"))
+    predict = DefaultPredictor(cfg)
+    found = []
+    for image in asked["test"]:
+        instances = predict(read_image(image, "BGR"))["instances"]
+        found.append([instances.pred_boxes.tensor.tolist(), instances.scores.tolist(), instances.pred_classes.tolist()])
+    Path(asked["found"]).write_text(json.dumps(found))
+
+
+PEERS = {"ultralytics": train_yolo, "detectron2": train_detectron2}
 
 
 def cpu_seconds(do: Callable[[], object]) -> float:
@@ -61,9 +112,11 @@ def cpu_seconds(do: Callable[[], object]) -> float:
 
 
 def within(budget: float, train: Callable[[int], object]) -> tuple[int, float, float]:
-    """Train as many epochs as the budget allows; returns them, CPU seconds of an epoch, and of the whole."""
-    one, three = (cpu_seconds(lambda epochs=epochs: train(epochs)) for epochs in (1, 3))
-    epoch = max(1e-3, (three - one) / 2)
+    """Train as many epochs as the budget allows, one at least; returns them, CPU seconds of an epoch, and of all."""
+    one = cpu_seconds(lambda: train(1))
+    if one > budget / 2:
+        return 1, one, one
+    epoch = max(1e-3, (cpu_seconds(lambda: train(3)) - one) / 2)
     epochs = max(1, round((budget - (one - epoch)) / epoch))
     return epochs, epoch, cpu_seconds(lambda: train(epochs))
 
@@ -80,6 +133,8 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", default=["ssd_tiny", "fcos_tiny", "fcos_small"])
     parser.add_argument("--ultralytics", metavar="PYTHON", help="an interpreter that has ultralytics")
     parser.add_argument("--yolo", nargs="*", default=["yolov8n.yaml"])
+    parser.add_argument("--detectron2", metavar="PYTHON", help="an interpreter that has detectron2")
+    parser.add_argument("--config", nargs="*", default=[], help="configuration files of Detectron2")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -109,8 +164,32 @@ def main() -> None:
         if args.ultralytics:
             data = write_yolo(train, test, root / "yolo")
             for model in args.yolo:
-                spent, scores = measure_yolo(args, model, data, test, root)
+                spent, scores = measure_peer(args, "ultralytics", model, data, test)
                 tell(model.removesuffix(".yaml"), spent, scores)
+        if args.detectron2:
+            data = write_records(train, root / "records.json")
+            for model in args.config:
+                spent, scores = measure_peer(args, "detectron2", model, data, test)
+                tell(Path(model).stem, spent, scores)
+
+
+def write_records(train, file: Path) -> Path:  # type: ignore[no-untyped-def]
+    """Write the training images as Detectron2's records, without what its own code has to add."""
+    records = [
+        {
+            "file_name": sample.path,
+            "image_id": sample.image_id,
+            "height": sample.height,
+            "width": sample.width,
+            "annotations": [
+                {"bbox": box, "category_id": train.classes.index(name), "iscrowd": 0}
+                for name, box in zip(sample.names, sample.boxes.tolist(), strict=True)
+            ],
+        }
+        for sample in train
+    ]
+    file.write_text(json.dumps({"classes": list(train.classes), "train": records}))
+    return file
 
 
 def write_yolo(train, test, folder: Path) -> Path:  # type: ignore[no-untyped-def]
@@ -127,18 +206,19 @@ def write_yolo(train, test, folder: Path) -> Path:  # type: ignore[no-untyped-de
     return file
 
 
-def measure_yolo(args, model: str, data: Path, test, root: Path):  # type: ignore[no-untyped-def]
-    """Train a model of Ultralytics within the budget; returns what it spent and its scores."""
+def measure_peer(args, peer: str, model: str, data: Path, test):  # type: ignore[no-untyped-def]
+    """Train a peer's model within the budget; returns what it spent and its scores."""
     import detkit
 
-    found = root / "found.json"
+    folder = Path(tempfile.mkdtemp(dir=data.parent))
+    found = folder / "found.json"
 
     def fit(epochs: int) -> None:
         request = {
             "model": model, "data": str(data), "epochs": epochs, "size": args.size, "threads": args.threads,
-            "folder": str(root), "test": list(test.paths), "found": str(found),
+            "folder": str(folder), "test": list(test.paths), "found": str(found),
         }  # fmt: skip
-        command: Sequence[str] = [args.ultralytics, __file__, "--yolo-request", json.dumps(request)]
+        command: Sequence[str] = [getattr(args, peer), __file__, "--peer", peer, json.dumps(request)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
@@ -154,7 +234,7 @@ def measure_yolo(args, model: str, data: Path, test, root: Path):  # type: ignor
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--yolo-request"]:
-        train_yolo(sys.argv[2])
+    if sys.argv[1:2] == ["--peer"]:
+        PEERS[sys.argv[2]](sys.argv[3])
     else:
         main()
