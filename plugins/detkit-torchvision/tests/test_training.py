@@ -20,7 +20,7 @@ from detkit.ranks import Alone
 from detkit_torchvision.batch_sizes import with_batch_size
 from detkit_torchvision.batches import Batch
 from detkit_torchvision.freezing import Frozen, stages
-from detkit_torchvision.memory import free_memory
+from detkit_torchvision.memory import free_memory, is_out_of_memory
 from detkit_torchvision.models import MODELS, build
 from detkit_torchvision.training import Training
 
@@ -262,6 +262,20 @@ used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesi
 resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20), -1))
 training.train_step(batch)
 """
+
+
+@pytest.mark.parametrize(
+    ("said", "is_so"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("could not create a primitive", True),
+        ("could not create a primitive descriptor for a convolution forward propagation primitive", False),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_what_is_said_where_memory_ran_out(said: str, is_so: bool) -> None:
+    assert is_out_of_memory(RuntimeError(said)) is is_so
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on memory are Linux's")

@@ -19,6 +19,9 @@ _OVERHEAD = 2.0
 _MESSAGES = ("allocate memory", "out of memory", "ALLOC_FAILED")
 """What torch's errors say of it: its CPU allocator, CUDA, and cuBLAS."""
 
+_NO_KERNEL = "could not create a primitive"
+"""All that oneDNN says where it has no memory for a kernel; of what it cannot do it says more."""
+
 
 def kept_for_backward(network: Any, run: Callable[[], object]) -> int:
     """Return the bytes that a training pass keeps for its backward pass, 0 where there is no memory for it.
@@ -66,4 +69,5 @@ def free_memory(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, or Python, could not get the memory that it asked for."""
-    return isinstance(error, MemoryError) or any(message in str(error) for message in _MESSAGES)
+    said = str(error).strip()
+    return isinstance(error, MemoryError) or said == _NO_KERNEL or any(message in said for message in _MESSAGES)
