@@ -42,7 +42,7 @@ _SPINS = "20000"
 
 Its threads wait for each other at the end of every operation; where another process has the core of one of them, the
 rest would spin for most of that process's turn. Measured with a step of ``fcos_small`` on two cores: beside one busy
-process it takes half the time, and on a quiet machine 5 % less processor time in the same wall time.
+process it takes half the time, and on a quiet machine 3 to 5 % less processor time in the same wall time.
 """
 
 HELD_CODE = 75
@@ -131,7 +131,10 @@ def worker_command(python: str, backend: str, *arguments: str) -> list[str]:
 
 
 def worker_environment(python: str) -> dict[str, str]:
-    """Return the environment variables of a new worker: none that torchrun gave this process, none of its leash."""
+    """Return the environment variables of a new worker: none that torchrun gave this process, none of its leash.
+
+    See `for_speed` for what is added.
+    """
     not_its_own = {"DETKIT_LEASH", *VARIABLES}
     return for_speed({name: value for name, value in worker_variables(python).items() if name not in not_its_own})
 
@@ -139,7 +142,7 @@ def worker_environment(python: str) -> dict[str, str]:
 def for_speed(variables: Mapping[str, str]) -> dict[str, str]:
     """Return environment variables with what C libraries read when a process starts, unless they say something else.
 
-    glibc asks Linux for huge pages, 5 to 7 % less processor time for a step of torch on a CPU (tunable
+    glibc asks Linux for huge pages, about 5 % less processor time for a step of torch on a CPU (tunable
     ``glibc.malloc.hugetlb``); threads of OpenMP wait a shorter time for each other, see `_SPINS`. No result changes.
     """
     tunables = variables.get(_TUNABLES, "")

@@ -196,8 +196,8 @@ class Training(TrainingLoop[Batch]):
         """Take a step along the gradients.
 
         In half precision it is left out where they are not finite: `torch.amp.GradScaler` does so for fp16, and on CPUs
-        torch's own kernels now and then return gradients of bf16 that are none. Compressed ones may be too large. To
-        look at them is to wait for a GPU.
+        torch's own kernels now and then return gradients of bf16 that are none. Compressed ones may be too large.
+        Nothing else is looked at, as a GPU would be waited for.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.params["gradient_clip"] or float("inf"))
