@@ -17,12 +17,12 @@ Processors that others use make two threads wait for each other: there, measure 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import math
 import multiprocessing
 import os
 import resource
+import socket
 import statistics
 import tempfile
 import time
@@ -44,9 +44,11 @@ from detkit.data import Dataset
 from detkit.formats.checks import prepare
 from detkit.job import Job, Workspace
 from detkit.processes import for_speed
+from detkit.ranks import Place
 from detkit.shapes import write_shapes
 from detkit_torchvision import batches
 from detkit_torchvision.devices import CHANNELS_LAST, CONTIGUOUS, keep_freed_memory
+from detkit_torchvision.distributed import device_of, join
 from detkit_torchvision.models import MODELS, build
 from detkit_torchvision.params import MODELS as SPECS
 from detkit_torchvision.params import TorchvisionOptions
@@ -90,17 +92,30 @@ class Contender:
     """Whether images are changed as the model's defaults say, gradients clipped and weights averaged."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """Of the environment, in place of what detkit gives its workers."""
+    processes: int = 1
+    """That share each batch, and the cores."""
 
-    @contextlib.contextmanager
-    def environment(self) -> Iterator[None]:
-        """Let processes that are started meanwhile have the environment of a user's, or of a worker of detkit."""
+    def environments(self) -> Iterator[None]:
+        """For each of its processes: let one that is started meanwhile have the environment of a user's, or of a
+        worker of detkit.
+        """
         before = dict(os.environ)
-        os.environ.update({} if self.plain else for_speed({**before, **self.variables}))
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(self.processes):
+            place = {
+                "RANK": rank, "WORLD_SIZE": self.processes, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.processes,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "race",
+                "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0,
+            }  # fmt: skip
+            os.environ.update({name: str(value) for name, value in place.items()} if self.processes > 1 else {})
+            os.environ.update({} if self.plain else for_speed({**before, **self.variables}))
+            try:
+                yield
+            finally:
+                os.environ.clear()
+                os.environ.update(before)
 
 
 SWITCHES = {
@@ -111,6 +126,7 @@ SWITCHES = {
     "images decoded every time": {"cache": False},
     "one thread loads images": {"num_workers": 1},
     "own augmentations, clipping, average": {"own_recipe": True},
+    "two processes": {"processes": 2},
 }
 
 
@@ -180,6 +196,7 @@ def detkit_steps(data: Dataset, one: Contender, folder: Path) -> Iterator[int]:
     if not one.cache:
         batches._CACHE_SHARE = 0.0
     workspace = Workspace(folder)
+    workspace.is_silent = Place.here().rank > 0
     workspace.create(job)
     prepared = prepare(data, on_invalid="raise")
     workspace.write_dataset("train", prepared.data, prepared.image_digests)
@@ -187,7 +204,7 @@ def detkit_steps(data: Dataset, one: Contender, folder: Path) -> Iterator[int]:
         workspace.checkpoints.mkdir(exist_ok=True)
         way = Way(one.layout, torch.get_num_threads(), one.amp)
         (workspace.checkpoints / STEP).write_bytes(msgspec.json.encode(way))
-    training = Training(job, workspace)
+    training = Training(job, workspace, join(device_of(job)))
     training.prepare()
     for index in range(len(data)):
         training.inputs.image(index)  # as the first epoch does
@@ -223,24 +240,31 @@ class Measured:
 def race(contenders: list[Contender], images: Path, rounds: int) -> list[Measured]:
     """Let several loops take steps in turn."""
     context = multiprocessing.get_context("spawn")
-    ends, processes = [], []
+    groups: list[list[multiprocessing.connection.Connection]] = []
+    processes = []
+
+    def take(ends: list[multiprocessing.connection.Connection], steps: int) -> tuple[float, float, float]:
+        for end in ends:
+            end.send(steps)
+        cpu, wall, peak = zip(*(end.recv() for end in ends), strict=True)
+        return sum(cpu), max(wall), sum(peak)
+
     try:
         for one in contenders:
-            here, there = context.Pipe()
-            processes.append(context.Process(target=work, args=(one, images, there), daemon=True))
-            with one.environment():
+            groups.append([])
+            for _ in one.environments():
+                here, there = context.Pipe()
+                processes.append(context.Process(target=work, args=(one, images, there), daemon=True))
                 processes[-1].start()
-            there.close()
-            ends.append(here)
-            here.send(2)  # the first steps are not counted
-            here.recv()
+                there.close()
+                groups[-1].append(here)
+            take(groups[-1], 2)  # the first steps are not counted
         counts = [max(1, 32 // one.batch) for one in contenders]
         taken: list[list[tuple[float, float, float]]] = [[] for _ in contenders]
         for _ in range(rounds):
-            for end, count, times in zip(ends, counts, taken, strict=True):
-                end.send(count)
-                times.append(end.recv())
-        for end in ends:
+            for ends, count, times in zip(groups, counts, taken, strict=True):
+                times.append(take(ends, count))
+        for end in itertools.chain(*groups):
             end.send(0)
     finally:
         for process in processes:

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detkit import launching
+from detkit.checkpoints import PROCESSES
 from detkit.errors import InvalidValue, UsageError
+from detkit.job import Job, Workspace
 from detkit.launching import Machine
 from detkit.processes import worker_environment
 from detkit.ranks import VARIABLES, Alone, Place, Ranks
@@ -68,7 +70,7 @@ def test_alone_is_what_it_was() -> None:
 
 
 def said(options: dict[str, Any], machine: Machine | None = None) -> str:
-    return " ".join(launching.command("python", ["worker"], {**OPTIONS, **options}, Path("runs/big"), machine))
+    return " ".join(launching.command("python", ["worker"], {**OPTIONS, **options}, Path("runs/big"), machine=machine))
 
 
 def test_torchrun_is_told_what_was_asked_for() -> None:
@@ -88,6 +90,47 @@ def test_one_process_needs_no_launcher() -> None:
     assert not launching.launches({"device": "cpu"})
     assert not launching.launches({**OPTIONS, "gpus": 1})
     assert launching.launches({**OPTIONS, "gpus": "all"})
+
+
+def auto_job(batch_size: int | str, **options: Any) -> Job:
+    asked = {**OPTIONS, "processes": "auto", "device": "cpu", **options}
+    return Job(backend="b", engine="e", model="m", params={"batch_size": batch_size}, options=asked, classes=["a"])
+
+
+@pytest.mark.parametrize(
+    ("cores", "batch_size", "tried"), [(2, 16, 2), (8, 16, 4), (8, "auto", 8), (8, 7, 1), (8, 3, 1), (1, 16, 1)]
+)
+def test_processes_that_are_tried(
+    cores: int, batch_size: int | str, tried: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a core and four images of the batch, until one has written what they chose."""
+    monkeypatch.setattr(launching, "count_cores", lambda: cores)
+    workspace, job = Workspace(tmp_path), auto_job(batch_size)
+    assert launching.decided(job, workspace) == {**job.options, "processes": tried}
+    workspace.checkpoints.mkdir()
+    for written, expected in {"": tried, "5": 5, "1": 1}.items():
+        (workspace.checkpoints / PROCESSES).write_text(written)
+        assert launching.decided(job, workspace)["processes"] == expected
+        assert launching.decided(auto_job(batch_size, processes=3), workspace)["processes"] == 3
+
+
+def test_a_gpu_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "count_cores", lambda: 4)
+    monkeypatch.setattr(launching, "_GPUS", (str(tmp_path),))
+    for device, expected in {"auto": 1, "cpu": 4}.items():
+        assert launching.decided(auto_job(16, device=device), Workspace(tmp_path))["processes"] == expected
+
+
+def test_processes_are_measured_on_one_machine() -> None:
+    auto = {**OPTIONS, "processes": "auto"}
+    launching.check(auto)
+    assert not launching.launches(auto), "a place where nobody measures"
+    with pytest.raises(UsageError, match="say how many of each"):
+        launching.check({**auto, "nodes": 2, "rendezvous": "node0:29400"})
+    with pytest.raises(UsageError, match="leave processes out"):
+        launching.check({**auto, "gpus": 1})
+    with pytest.raises(UsageError, match="say gpus="):
+        launching.check({**auto, "device": "cuda"})
 
 
 def test_rendezvous_without_a_port() -> None:

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 from msgspec import Meta, to_builtins
 
 from detkit import environments, launching, trust, usercode
+from detkit.checkpoints import PROCESSES
 from detkit.data import Dataset
 from detkit.detections import Detections
 from detkit.dialects import Dialect
@@ -431,8 +432,11 @@ class LocalBackend(Backend):
 
     def _command(self, python: str, job: Job, workspace: Workspace) -> list[str]:
         command = worker_command(python, self.name, str(workspace.path))
-        several = launching.launches(job.options)
-        return launching.command(python, command, job.options, workspace.path) if several else command
+        options = launching.decided(job, workspace)
+        if not launching.launches(options):
+            return command
+        choice = workspace.checkpoints / PROCESSES if job.options.get("processes") == "auto" else None
+        return launching.command(python, command, options, workspace.path, choice=choice)
 
     def attach(self, workspace: Workspace) -> LocalRun:
         return LocalRun(workspace, self._restart(workspace))

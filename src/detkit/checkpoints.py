@@ -16,8 +16,10 @@ from detkit.files import atomic_write, file_sha256
 KEPT = 2
 BATCH_SIZE = "batch_size.json"
 STEP = "step.json"
-CHOICES = (BATCH_SIZE, STEP)
-"""Files that may lie beside the states and are none: what was chosen at the start, batch size and way of a step."""
+PROCESSES = "processes.json"
+CHOICES = (BATCH_SIZE, STEP, PROCESSES)
+"""Files that may lie beside the states and are none, of what was chosen at the start: the batch size, the way of a step
+and the number of processes."""
 _DIGITS = 16
 """Hexadecimal digits of the sha256 that a name has."""
 _NEW = "new"

@@ -64,6 +64,10 @@ class Place(NamedTuple):
         return cls(rank, size, local_rank, local_size, before, most, launched=True)
 
 
+class TrainsAlone(Exception):
+    """One process trains faster than these together, which have said so to `detkit.launching`; all of them end."""
+
+
 class Ranks(ABC):
     """All processes of a training. Every method is called by all of them, in the same order.
 

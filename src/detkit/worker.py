@@ -39,7 +39,7 @@ from detkit.files import lock_file
 from detkit.images import Image
 from detkit.job import Code, Model, Workspace
 from detkit.processes import HELD_CODE, Caller, end_group
-from detkit.ranks import Place, RankLost, TorchRanks, end_with_the_launcher
+from detkit.ranks import Place, RankLost, TorchRanks, TrainsAlone, end_with_the_launcher
 from detkit.warm import serve_forks
 from detkit.wire import Exported, Opened, SharedMemory, serve
 
@@ -115,6 +115,10 @@ def _train(workspace: Workspace, caller: str, place: Place) -> int:
         workspace.finish(job, trained, started=started)
         forgetting.report(job, workspace)
         workspace.log("state", {"state": "finished"})
+    except TrainsAlone:
+        if workspace.stop_requested:
+            workspace.log("state", {"state": "stopped"})
+        return 0
     except Stopped:
         workspace.log("state", {"state": "stopped"})
     except BaseException as error:

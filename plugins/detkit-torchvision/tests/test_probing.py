@@ -123,6 +123,10 @@ def test_random_numbers_and_statistics_stay(start: Any) -> None:
     assert choice.speedup >= 1
 
 
+def test_a_batch_too_small_for_several_processes(start: Any) -> None:
+    assert "processes=auto: one process trains; more need a core each, and 4 images" in said(start(processes="auto"))
+
+
 def test_a_busy_machine_measures_nothing(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 99.0, 99.0))
     training = start(tune_step="auto")

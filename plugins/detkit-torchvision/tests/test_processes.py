@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from in_process import lay_out, make_job, replace_option
 
 from detkit import Dataset, Trainer, open_run, plugins
 from detkit.backends import LocalBackend
@@ -23,22 +24,25 @@ from detkit.processes import worker_environment
 from detkit.ranks import Alone, Place
 from detkit.runs import LocalRun, Run
 from detkit.testing.jobs import write_coco
+from detkit_torchvision import probing
 from detkit_torchvision.distributed import summed
+from detkit_torchvision.training import Training
 from detkit_torchvision.weights import ARTIFACT
 
-TRAINER = Trainer(
-    model="torchvision/ssd_tiny",
-    epochs=12,
-    image_size=64,
-    batch_size=4,
-    lr_scheduler="constant",
-    warmup_iterations=0,
-    checkpoint_every="1 iterations",
-    validate_every="6 epochs",
-    batch_norm="frozen",
-    device="cpu",
-    threads=1,
-)
+SETTINGS: dict[str, Any] = {
+    "model": "torchvision/ssd_tiny",
+    "epochs": 12,
+    "image_size": 64,
+    "batch_size": 4,
+    "lr_scheduler": "constant",
+    "warmup_iterations": 0,
+    "checkpoint_every": "1 iterations",
+    "validate_every": "6 epochs",
+    "batch_norm": "frozen",
+    "device": "cpu",
+    "threads": 1,
+}
+TRAINER = Trainer(**SETTINGS)
 """With norms that keep their statistics, which else are those of each process's own images, on average."""
 
 
@@ -208,6 +212,94 @@ def test_last_batch_smaller_than_the_processes(tiny: Dataset, tmp_path: Path) ->
     three = TRAINER.fit(few, few, processes=3, **common)
     one = TRAINER.fit(few, few, grad_accumulation=3, **common)
     assert losses(three) == pytest.approx(losses(one), rel=1e-4)
+
+
+SLOW = """
+import os
+import time
+
+os.getloadavg = lambda: (0.0, 0.0, 0.0)  # whatever else the machine of the test does
+
+
+def by_images(network, num_outputs):
+    network.register_forward_pre_hook(lambda network, inputs: time.sleep(0.1 * len(inputs[0])))
+    return network
+
+
+def by_passes(network, num_outputs):
+    network.register_forward_pre_hook(lambda network, inputs: time.sleep(0.1 + 0.5 * (len(inputs[0]) < 8)))
+    return network
+"""
+"""A network in which an image takes a tenth of a second, and one in which a small batch is slow."""
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Path:
+    (tmp_path / "slow.py").write_text(SLOW)
+    return tmp_path
+
+
+def test_as_many_processes_as_are_faster(tiny: Dataset, slow: Path) -> None:
+    """They go on where they have measured, without a trace in what they learn, and a resumed run is theirs again."""
+    trainer = Trainer(**SETTINGS | {"epochs": 3, "batch_size": 8, "code": slow, "modify": "slow:by_images"})
+    expected = trainer.fit(tiny, tiny, processes=2, quiet=True)
+    run = trainer.start(tiny, tiny, processes="auto", leash=True)
+    wait_for_step(run, 1)
+    run.stop()
+    assert "processes=auto: 2 processes train; 2 are" in messages(run)
+    assert "measured now" in messages(run)
+    run = run if run.status == "finished" else run.resume(leash=True).wait()
+    assert losses(run) == losses(expected)
+    assert run.model.manifest.hardware["processes"] == "2"
+    assert messages(run).count("processes=auto") == 1
+
+
+def test_one_process_where_that_is_faster(tiny: Dataset, slow: Path) -> None:
+    """The others end, and what they have measured leaves no trace; a resumed run begins alone."""
+    trainer = Trainer(**SETTINGS | {"epochs": 3, "batch_size": 8, "code": slow, "modify": "slow:by_passes"})
+    expected = trainer.fit(tiny, tiny, quiet=True)
+    run = trainer.start(tiny, tiny, processes="auto", leash=True)
+    wait_for_step(run, 1)
+    assert isinstance(run, LocalRun)
+    assert psutil.Process(run.record.pid).children() == []
+    run.stop()
+    assert "processes=auto: one process trains; 2 are 0." in messages(run)
+    assert run.status == "stopped"
+    run = run.resume(leash=True).wait()
+    assert losses(run) == losses(expected)
+    assert run.model.manifest.hardware["processes"] == "1"
+    assert messages(run).count("processes=auto") == 1
+
+
+@pytest.mark.slow
+def test_a_run_dies_with_its_controller_after_the_choice(tiny: Dataset, slow: Path) -> None:
+    """The one process that torchrun became holds the leash that torchrun held."""
+    trainer = Trainer(**SETTINGS | {"epochs": 100, "batch_size": 8, "code": slow, "modify": "slow:by_passes"})
+    run = trainer.start(tiny, tiny, processes="auto", leash=True)
+    wait_for_step(run, 1)
+    assert isinstance(run, LocalRun)
+    assert run._process is not None
+    assert run._process.stdin is not None
+    run._process.stdin.close()
+    assert run._process.wait() == 0
+    assert run.status == "stopped"
+
+
+def test_processes_are_remembered(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pair(Alone):
+        place = Place(0, 2)
+
+    def training(name: str) -> Training:
+        job = replace_option(make_job("ssd_tiny", tiny, batch_size=8), processes="auto")
+        return Training(job, lay_out(tmp_path / name, job, tiny), Pair())
+
+    monkeypatch.setenv("DETKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 99.0, 99.0))
+    assert probing._remembered(training("busy")) == 1
+    assert probing._judged(training("measured"), probing.Together(1.04)) == 1
+    assert probing._judged(training("again"), probing.Together(1.2)) == 2
+    assert probing._remembered(training("later")) == 2
+    assert (tmp_path / "later/checkpoints/processes.json").read_text().strip() == "2"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def device_of(job: Job) -> torch.device:
     place, options = Place.here(), job.options
     if options["gpus"] is not None:
         return choose_device(f"cuda:{place.local_rank}")
-    return choose_device("cpu" if options["processes"] > 1 else options["device"])
+    on_cpu = options["processes"] != 1 and (options["processes"] != "auto" or place.size > 1)
+    return choose_device("cpu" if on_cpu else options["device"])
 
 
 def threads_of(job: Job, place: Place) -> int | str:

@@ -98,6 +98,13 @@ class TorchvisionOptions(SeveralOptions, frozen=True, kw_only=True):
             description="threads of a step on a CPU; auto: torch's own, one per core; 1 is far faster on a busy machine"
         ),
     ] = "auto"
+    processes: Annotated[
+        Annotated[int, Meta(ge=1)] | Literal["auto"],
+        Meta(
+            description="processes of each machine that train together on its CPU; auto: one, or one on each core "
+            "where that is faster, tried before training; batch norms see the images of one process at a time"
+        ),
+    ] = 1  # type: ignore[assignment]  # wider than that of engines which measure nothing
     tune_step: Annotated[
         Literal["off", "auto"],
         Meta(

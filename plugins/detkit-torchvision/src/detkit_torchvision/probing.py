@@ -1,8 +1,9 @@
-"""Which way of taking a step is fastest here: a few steps in each way, by turns, before training begins.
+"""Which way of taking a step is fastest here, and how many processes: a few in each, by turns, before training begins.
 
 Ways differ in what changes the last bits of a result and nothing else, and in its precision where that may be chosen.
 A way is kept beside the checkpoints, so that a run that goes on does so in the same way, and in
-``$DETKIT_CACHE/steps``, by default under ``~/.cache/detkit``, for the next run of its kind on this machine.
+``$DETKIT_CACHE/steps``, by default under ``~/.cache/detkit``, for the next run of its kind on this machine. So is the
+number of processes, which changes results as a smaller batch does: batch norms see the images of one of them.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import msgspec
 import torch
 import torchvision
 
-from detkit.checkpoints import STEP
+from detkit.checkpoints import PROCESSES, STEP
 from detkit.errors import StorageError
 from detkit.files import cache_folder, write_json
+from detkit.launching import LEAST_IMAGES
+from detkit.loading import count_cores
+from detkit.ranks import TrainsAlone
 from detkit_torchvision.devices import (
     CHANNELS_LAST,
     CONTIGUOUS,
@@ -30,10 +34,13 @@ from detkit_torchvision.devices import (
     describe_processor,
     to_device,
 )
+from detkit_torchvision.distributed import Shared
 
 if TYPE_CHECKING:
     from detkit_torchvision.batches import Batch
     from detkit_torchvision.training import Training
+
+FoundT = TypeVar("FoundT", "Choice", "Together")
 
 ROUNDS = 3
 """Timed steps in each way; one more before them is not timed."""
@@ -62,6 +69,12 @@ class Choice(msgspec.Struct, frozen=True):
     speedup: float
 
 
+class Together(msgspec.Struct, frozen=True):
+    """How many times as fast as one process several were."""
+
+    speedup: float
+
+
 def default_way(amp: str | None, device: torch.device) -> Way:
     """Return the way of a run that measures nothing; ``amp=auto`` is bf16 on GPUs that have it."""
     if amp == "auto":
@@ -69,7 +82,7 @@ def default_way(amp: str | None, device: torch.device) -> Way:
     return Way(CHANNELS_LAST, torch.get_num_threads(), amp)
 
 
-Losses: TypeAlias = "Callable[[Any, Batch, range, Way], Mapping[str, torch.Tensor]]"
+Losses: TypeAlias = "Callable[[Any, Batch, Sequence[int], Way], Mapping[str, torch.Tensor]]"
 """Gives the losses of a network on some rows of a batch, taken in a way."""
 
 
@@ -92,7 +105,7 @@ def choose_way(training: Training, losses: Losses) -> Way:
         training.say(f"tune_step=auto measures nothing, as {reason}; a step is taken as by default: {default}")
         return default
     known = _known(training)
-    choice = None if known is None else _read(known)
+    choice = None if known is None else _read(known, Choice)
     told = "measured before"
     if choice is None:
         choice, told = _measured(training, losses), "measured now"
@@ -102,6 +115,99 @@ def choose_way(training: Training, losses: Losses) -> Way:
     gain = "nothing else was faster" if choice.way == default else f"{choice.speedup:.2f} times as fast as {default}"
     training.say(f"tune_step=auto: {choice.way}; {gain}, {told}")
     return choice.way
+
+
+def choose_processes(training: Training, losses: Losses) -> None:
+    """Return where these processes are to train together, which is chosen as `choose_way` does; all of them call it.
+
+    Raises `TrainsAlone` in all of them where one process with all of their threads is to train.
+    """
+    ranks = training.ranks
+    if training.job.options["processes"] != "auto":
+        return
+    if ranks.size == 1:
+        if training.device.type == "cpu" and not (training.workspace.checkpoints / PROCESSES).is_file():
+            training.say(f"processes=auto: one process trains; more need a core each, and {LEAST_IMAGES} images a step")
+        return
+
+    def agreed(count: Callable[[], int]) -> int:
+        return int(ranks.sum([float(count() if ranks.rank == 0 else 0)])[0])
+
+    count = agreed(lambda: _remembered(training))
+    if not count:
+        speedup = _speedup(training, losses)
+        count = agreed(lambda: _judged(training, Together(speedup)))
+    if count == 1:
+        ranks.leave()
+        raise TrainsAlone
+
+
+def _remembered(training: Training) -> int:
+    """Return how many processes train where nothing is to be measured for it, else 0."""
+    kept, tried = training.workspace.checkpoints / PROCESSES, training.ranks.size
+    if kept.is_file():
+        return msgspec.json.decode(kept.read_bytes(), type=int)
+    known = _known(training, tried)
+    if known is not None and (found := _read(known, Together)) is not None:
+        return _decided(training, found, "measured before")
+    if (reason := business()) is not None:
+        training.say(f"processes=auto measures nothing, as {reason}; one process trains")
+        write_json(kept, 1)
+        return 1
+    return 0
+
+
+def _judged(training: Training, found: Together) -> int:
+    known = _known(training, training.ranks.size)
+    if known is not None:
+        _keep(known, found)
+    return _decided(training, found, "measured now")
+
+
+def _decided(training: Training, found: Together, told: str) -> int:
+    tried = training.ranks.size
+    count = tried if found.speedup >= 1 / (1 - LEAST_GAIN) else 1
+    who = "one process trains" if count == 1 else f"{count} processes train"
+    training.say(f"processes=auto: {who}; {tried} are {found.speedup:.2f} times as fast as one, {told}")
+    write_json(training.workspace.checkpoints / PROCESSES, count)
+    return count
+
+
+def _speedup(training: Training, losses: Losses) -> float:
+    """Return how many times as fast as one process, which then has all images of a pass, these processes are."""
+    ranks, way = training.ranks, training.way
+    batch = next(training.batches())
+    own = list(range(min(training.images_per_pass, len(batch.indices))))
+    threads = training.job.options["threads"]
+    alone = msgspec.structs.replace(way, threads=count_cores() if threads == "auto" else threads)
+    training.network.train()
+    training.frozen.keep()
+    compression = training.job.options["compress_gradients"]
+    unused = training.params.get("modify") is not None
+    shared = Shared(copy.deepcopy(training.network), ranks, compression, may_be_unused=unused)
+    single = copy.deepcopy(training.network) if ranks.rank == 0 else None
+
+    def take(network: Any, rows: list[int], way: Way) -> None:
+        torch.set_num_threads(way.threads)
+        torch.manual_seed(training.step_seed())
+        torch.stack(list(losses(network, batch, rows, way).values())).sum().backward()  # type: ignore[no-untyped-call]
+
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    try:
+        with torch.random.fork_rng([]):
+            for _ in range(1 + ROUNDS):
+                for together in (True, False):
+                    ranks.sum([0.0])
+                    started = time.perf_counter()
+                    if together:
+                        take(shared, own, way)
+                    elif single is not None:
+                        take(single, own * ranks.size, alone)
+                    ranks.sum([0.0])
+                    seconds[together].append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(way.threads)
+    return statistics.median(seconds[False][1:]) / statistics.median(seconds[True][1:])
 
 
 def fastest(default: Way, axes: Mapping[str, Sequence[Any]], take: Callable[[Way], object]) -> Choice:
@@ -164,28 +270,31 @@ def _axes(training: Training) -> dict[str, Sequence[Any]]:
     return axes
 
 
-def _known(training: Training) -> Path | None:
-    """Return the file for the choice of runs like this one; None where none is kept."""
+def _known(training: Training, *tried: int) -> Path | None:
+    """Return the file for the choice of runs like this one; None where none is kept.
+
+    ``tried`` are the processes, where those are what is chosen.
+    """
     folder = cache_folder()
     if folder is None or training.params.get("modify") is not None:  # whose code may change
         return None
     key = [
         *(training.job.model, len(training.job.classes), training.image_size, training.images_per_pass),
         *(training.architecture.native(), training.params["frozen_stages"], training.params["batch_norm"]),
-        *(_axes(training), msgspec.to_builtins(training.way)),
+        *(_axes(training), msgspec.to_builtins(training.way), *tried),
         *(describe_device(training.device), describe_processor(), str(torch.__version__), torchvision.__version__),
     ]
     return folder / "steps" / f"{hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:40]}.json"
 
 
-def _read(file: Path) -> Choice | None:
+def _read(file: Path, kind: type[FoundT]) -> FoundT | None:
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Choice)
+        return msgspec.json.decode(file.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError):
         return None
 
 
-def _keep(file: Path, choice: Choice) -> None:
+def _keep(file: Path, choice: Choice | Together) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(file, choice)

@@ -32,7 +32,7 @@ from detkit_torchvision.memory import how_many, is_out_of_memory, kept_for_backw
 from detkit_torchvision.models import MODELS, build, chosen_architecture, input_size
 from detkit_torchvision.modify import modified
 from detkit_torchvision.optimizers import Averaging, load_optimizer, make_optimizer
-from detkit_torchvision.probing import Way, choose_way, default_way
+from detkit_torchvision.probing import Way, choose_processes, choose_way, default_way
 from detkit_torchvision.weights import ARTIFACT, initialise
 
 ResultT = TypeVar("ResultT")
@@ -106,6 +106,7 @@ class Training(TrainingLoop[Batch]):
         to_device(self.network, self.device)
         self.frozen = Frozen(self.network, num_stages=self.params["frozen_stages"], norms=self._freezes_norms())
         self.optimizer = make_optimizer(self.network, self.params, self.peak_learning_rate)
+        choose_processes(self, self._losses)
         self.way = choose_way(self, self._losses)
         torch.set_num_threads(self.way.threads)
         to_device(self.network, self.device, self.way.layout)

@@ -152,7 +152,7 @@ def train(base: Path) -> int:
 def _launch(workspace: Container, job: Job) -> int:
     """Let torchrun start the workers of this machine, and wait for them. SIGTERM ends them all after a step."""
     worker_of_many = python_command(sys.executable, _WORKER, str(workspace.path))
-    command = launching.command(sys.executable, worker_of_many, job.options, workspace.path, workspace.machine)
+    command = launching.command(sys.executable, worker_of_many, job.options, workspace.path, machine=workspace.machine)
     asked_to_stop = False
     with subprocess.Popen(command) as process:
 
