@@ -8,9 +8,12 @@ and of processor time over all threads. Memory is the most that a process ever h
 
     python benchmarks/train_step.py [--model ssd_tiny ...] [--heavy] [--amp bf16 [--ap 20]] [--compile] [--switches]
         [--rounds 6]
+    python benchmarks/train_step.py --model retinanet_resnet50_fpn_v2 --rounds 0 --amp bf16 --ap 6 --ap-size 160
 
 ``--amp bf16`` measures both loops in bf16 too; ``--switches`` measures what each thing that detkit does is worth, and
 what the model's own augmentations, clipping and average cost.
+``--device cuda`` takes the steps of both on a GPU; ``--compile`` then measures CUDA graphs, too. ``--profile`` says on
+which of torch's operations detkit's step spends its time.
 Processors that others use make two threads wait for each other: there, measure with OMP_NUM_THREADS=1.
 """
 
@@ -86,8 +89,9 @@ class Contender:
     """Whether decoded images are kept."""
     num_workers: int | str = "auto"
     """Threads that load images."""
-    compiled: bool = False
-    """Whether the backbone is compiled, which takes a minute or two that do not count."""
+    device: str = "cpu"
+    compiled: bool | str = False
+    """What the option ``compile`` is. Compiling takes a minute or two, which do not count."""
     own_recipe: bool = False
     """Whether images are changed as the model's defaults say, gradients clipped and weights averaged."""
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -157,6 +161,7 @@ def plain_steps(data: Dataset, one: Contender) -> Iterator[int]:
     longest = one.size if spec.max_ratio is None else round(one.size * spec.max_ratio)
     fixed = {"fixed_size": (one.size, one.size)} if spec.max_ratio is None else {}
     network.transform = GeneralizedRCNNTransform(one.size, longest, list(spec.mean), list(spec.std), **fixed)
+    network.to(one.device)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
     loader = torch.utils.data.DataLoader(
         Loader(data, spec.label_offset),
@@ -166,8 +171,10 @@ def plain_steps(data: Dataset, one: Contender) -> Iterator[int]:
         collate_fn=lambda rows: tuple(zip(*rows, strict=True)),
     )
     network.train()
-    for step, (images, targets) in enumerate(itertools.chain.from_iterable(itertools.repeat(loader))):
-        with torch.autocast("cpu", AMP_DTYPES.get(one.amp or ""), enabled=one.amp is not None):
+    for step, (loaded, boxes) in enumerate(itertools.chain.from_iterable(itertools.repeat(loader))):
+        images = [image.to(one.device) for image in loaded]
+        targets = [{name: value.to(one.device) for name, value in target.items()} for target in boxes]
+        with torch.autocast(one.device, AMP_DTYPES.get(one.amp or ""), enabled=one.amp is not None):
             total = sum(value.float() for value in network(images, targets).values())
         if not math.isfinite(total.item()):
             raise SystemExit("the plain loop diverged")
@@ -190,7 +197,7 @@ def detkit_steps(data: Dataset, one: Contender, folder: Path) -> Iterator[int]:
         engine="",
         model=one.model,
         params=to_builtins(params),
-        options=to_builtins(TorchvisionOptions(num_workers=one.num_workers, compile=one.compiled)),
+        options=to_builtins(TorchvisionOptions(num_workers=one.num_workers, compile=one.compiled, device=one.device)),
         classes=list(data.classes),
     )
     if not one.cache:
@@ -223,6 +230,9 @@ def work(one: Contender, images: Path, connection: multiprocessing.connection.Co
             for _ in range(count):
                 next(steps)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            if one.device != "cpu":
+                torch.cuda.synchronize()
+                peak = torch.cuda.max_memory_allocated()
             connection.send((time.process_time() - cpu, time.perf_counter() - wall, peak))
 
 
@@ -292,10 +302,15 @@ def compare(name: str, contenders: dict[str, Contender], images: Path, rounds: i
         )
 
 
-def reached(model: str, amp: str | None, epochs: int, folder: Path) -> float:
-    """Return the AP on 90 drawn pictures after so many epochs of 400 others, with the model's own recipe."""
+def reached(model: str, amp: str | None, args: argparse.Namespace, folder: Path) -> float:
+    """Return the AP on 90 drawn pictures after so many epochs of others, from scratch.
+
+    The recipe is the model's own; that of large ones, which is for fine-tuning, with AdamW at 2e-4.
+    """
     size, batch = (CASES | HEAVY)[model]
-    parts = {"train": (400, 1), "test": (100, 2)}
+    size = args.ap_size or size
+    recipe = {"optimizer": "adamw", "learning_rate": 2e-4} if model in HEAVY else {}
+    parts = {"train": (args.ap_images, 1), "test": (100, 2)}
     train, test = (
         detkit.read_dataset(write_shapes(folder / f"{name}-{size}", num_images=count, size=size, seed=seed))
         for name, (count, seed) in parts.items()
@@ -303,13 +318,35 @@ def reached(model: str, amp: str | None, epochs: int, folder: Path) -> float:
     run = detkit.Trainer(model=f"torchvision/{model}", image_size=size, weights=None, device="cpu").fit(
         train,
         test.take(range(10)),
-        epochs=epochs,
+        epochs=args.ap,
         batch_size=batch,
         amp=amp,
+        **recipe,
         name=str(folder / f"{model}-{amp}"),
         quiet=True,
     )
     return float(detkit.evaluate(run, test.take(range(10, 100)))["AP"])
+
+
+def profile(one: Contender, images: Path) -> str:
+    """Return a table of the operations that a few steps spend most of their time on."""
+    keep_freed_memory()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if one.device != "cpu":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = detkit_steps(detkit.read_dataset(images), one, Path(folder))
+        next(steps), next(steps)
+        with torch.profiler.profile(activities=activities) as found:
+            for _ in range(4):
+                next(steps)
+        steps.close()
+    table: str = found.key_averages().table(
+        sort_by="self_cpu_time_total" if one.device == "cpu" else "self_cuda_time_total",
+        row_limit=25,
+        max_name_column_width=48,
+    )
+    return table
 
 
 def seconds_to_first_step(data: Dataset, folder: Path) -> float:
@@ -325,10 +362,14 @@ def main() -> None:
     parser.add_argument("--heavy", action="store_true", help="the large models too")
     parser.add_argument("--amp", choices=["bf16"], help="rows in half precision too")
     parser.add_argument("--ap", type=int, metavar="EPOCHS", help="with --amp: the AP after so many epochs, both ways")
+    parser.add_argument("--ap-images", type=int, default=400, help="that are learned from for --ap")
+    parser.add_argument("--ap-size", type=int, help="input size for --ap, instead of each model's")
     parser.add_argument("--compile", action="store_true", help="rows with a compiled backbone, too")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--profile", action="store_true", help="where detkit's step spends its time, too")
     parser.add_argument("--switches", action="store_true", help="rows for what each switch is worth")
     parser.add_argument("--batch", type=int, help="instead of each model's")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=6, help="0: no times, only --ap")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=320, help="of the JPEGs")
     parser.add_argument("--first-step", action="store_true", help="seconds from fit() to the first step, too")
@@ -344,26 +385,32 @@ def main() -> None:
         )
         for model in args.model or cases:
             size, batch = cases[model]
-            ours = Contender(model, size, args.batch or batch)
+            ours = Contender(model, size, args.batch or batch, device=args.device)
             plain = replace(ours, plain=True, allocator=False)
             contenders = {"plain": plain, "detkit": ours}
             if args.compile:
                 contenders["detkit compiled"] = replace(ours, compiled=True)
+                if args.device == "cuda":
+                    contenders["detkit graphs"] = replace(ours, compiled="graphs")
             if args.amp:
                 contenders |= {"detkit bf16": replace(ours, amp=args.amp), "plain bf16": replace(plain, amp=args.amp)}
-            compare(model, contenders, images, args.rounds)
-            if args.amp:
+            if args.rounds:
+                compare(model, contenders, images, args.rounds)
+            if args.amp and args.rounds:
                 pair = {"plain bf16": contenders["plain bf16"], "detkit bf16": contenders["detkit bf16"]}
                 compare(model, pair, images, args.rounds)
             if args.amp and args.ap:
-                both = [reached(model, amp, args.ap, root) for amp in (None, args.amp)]
-                print(
-                    f"{model:38} AP after {args.ap} epochs: float32 {both[0]:.3f}, {args.amp} {both[1]:.3f}", flush=True
-                )
-            if args.switches:
+                both = [reached(model, amp, args, root) for amp in (None, args.amp)]
+                told = f"AP after {args.ap} epochs of {args.ap_images} images at {args.ap_size or size} pixels"
+                print(f"{model:38} {told}: float32 {both[0]:.3f}, {args.amp} {both[1]:.3f}", flush=True)
+            if args.switches and args.rounds:
                 others = {label: replace(ours, **change) for label, change in SWITCHES.items()}
+                if args.device != "cpu":
+                    del others["two processes"]
                 others["plain, memory kept"] = replace(plain, allocator=True)
                 compare(model, {"detkit": ours, **others}, images, args.rounds)
+            if args.profile:
+                print(profile(ours, images))
         if args.first_step:
             seconds = seconds_to_first_step(detkit.read_dataset(images), root / "start")
             print(f"fit() to the first step, ssd_tiny: {seconds:.1f} s")

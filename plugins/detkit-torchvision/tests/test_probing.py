@@ -14,6 +14,7 @@ from in_process import lay_out, make_job, replace_option
 from torch._dynamo.utils import counters
 
 from detkit.data import Dataset
+from detkit.errors import UsageError
 from detkit.job import Job, Workspace
 from detkit_torchvision import probing
 from detkit_torchvision.devices import CHANNELS_LAST, CONTIGUOUS
@@ -217,6 +218,23 @@ def test_a_compiled_step_is_the_step(start: Any) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert captured[0] == 0 and captured[1] > 50, "the layers of the backbone"
     assert names[0] == names[1]
+
+
+def test_graphs_need_a_gpu(start: Any) -> None:
+    with pytest.raises(UsageError, match="this run is on cpu; say compile=true"):
+        start(compile="graphs")
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch itself, deep inside of its compiler
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none")
+def test_steps_recorded_in_graphs_are_the_steps(start: Any) -> None:
+    """In two passes each, as a graph's results lie where those of the pass before lay."""
+    settings = {"iterations": 4, "batch_size": 4, "grad_accumulation": 2}
+    found = []
+    for how in (False, "graphs"):
+        training = start(compile=how, device="cuda", settings=settings)
+        found.append([training.train_step(batch)["loss"] for batch in training.batches()])
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
 def _keep(workspace: Workspace, way: Way) -> None:

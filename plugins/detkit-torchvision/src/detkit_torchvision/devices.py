@@ -70,12 +70,19 @@ def begin_reading(values: Tensor) -> Callable[[], list[float]]:
     return read
 
 
-def compile_backbone(network: Any) -> None:
-    """Compile a network's backbone, whose weights keep their names. Raises `UsageError` without a C++ compiler."""
+def compile_backbone(network: Any, device: torch.device, how: bool | str) -> None:
+    """Compile a network's backbone, whose weights keep their names.
+
+    With ``graphs``, its kernels are recorded in CUDA graphs too, one for each size of input: a GPU then starts them at
+    once, and not one by one as the processor asks for them. Raises `UsageError` without a GPU for those, and without a
+    C++ compiler.
+    """
+    if how == "graphs" and device.type != "cuda":
+        raise UsageError(f"compile=graphs records CUDA graphs, and this run is on {device.type}; say compile=true")
     compiler = os.environ.get("CXX") or "g++"
     if shutil.which(compiler) is None and shutil.which("clang++") is None:
         raise UsageError(f"compile=true needs a C++ compiler, and there is no {compiler}; install one, or leave it out")
-    network.backbone.compile()
+    network.backbone.compile(mode="reduce-overhead" if how == "graphs" else "default")
 
 
 def keep_freed_memory() -> None:

@@ -113,8 +113,11 @@ class TorchvisionOptions(SeveralOptions, frozen=True, kw_only=True):
         ),
     ] = "off"
     compile: Annotated[
-        bool,
-        Meta(description="compile the backbone (torch.compile): a minute or two at the beginning, for long trainings"),
+        bool | Literal["graphs"],
+        Meta(
+            description="compile the backbone (torch.compile): a minute or two at the beginning, for long trainings; "
+            "graphs: also record it in CUDA graphs, on a GPU"
+        ),
     ] = False
 
 

@@ -117,7 +117,7 @@ class Training(TrainingLoop[Batch]):
         if self.resumes:
             self.resume()
         if self.job.options["compile"]:
-            compile_backbone(self.network)
+            compile_backbone(self.network, self.device, self.job.options["compile"])
         self.shared = Shared(
             self.network,
             self.ranks,
@@ -179,6 +179,8 @@ class Training(TrainingLoop[Batch]):
         for number, (own, share) in enumerate(shares, 1):
             rows = range(start, start + len(own))
             start += len(own)
+            if self.job.options["compile"] == "graphs":  # what the pass before gave is needed no more
+                torch.compiler.cudagraph_mark_step_begin()
             with self.shared.last_pass(number == len(shares)):
                 with self.clock.part("forward", on_device=True):
                     losses = self._losses(self.shared, batch, rows)
