@@ -144,10 +144,10 @@ def choose_processes(training: Training, losses: Losses) -> None:
 
 def _remembered(training: Training) -> int:
     """Return how many processes train where nothing is to be measured for it, else 0."""
-    kept, tried = training.workspace.checkpoints / PROCESSES, training.ranks.size
+    kept = training.workspace.checkpoints / PROCESSES
     if kept.is_file():
         return msgspec.json.decode(kept.read_bytes(), type=int)
-    known = _known(training, tried)
+    known = _known(training, *_tried(training))
     if known is not None and (found := _read(known, Together)) is not None:
         return _decided(training, found, "measured before")
     if (reason := business()) is not None:
@@ -158,10 +158,15 @@ def _remembered(training: Training) -> int:
 
 
 def _judged(training: Training, found: Together) -> int:
-    known = _known(training, training.ranks.size)
+    known = _known(training, *_tried(training))
     if known is not None:
         _keep(known, found)
     return _decided(training, found, "measured now")
+
+
+def _tried(training: Training) -> tuple[Any, ...]:
+    """Return what the speed of these processes depends on, beside what that of one does."""
+    return training.ranks.size, count_cores(), training.job.options["compress_gradients"]
 
 
 def _decided(training: Training, found: Together, told: str) -> int:
@@ -270,18 +275,15 @@ def _axes(training: Training) -> dict[str, Sequence[Any]]:
     return axes
 
 
-def _known(training: Training, *tried: int) -> Path | None:
-    """Return the file for the choice of runs like this one; None where none is kept.
-
-    ``tried`` are the processes, where those are what is chosen.
-    """
+def _known(training: Training, *also: Any) -> Path | None:
+    """Return the file for the choice of runs like this one, in what it depends on ``also``; None where none is kept."""
     folder = cache_folder()
     if folder is None or training.params.get("modify") is not None:  # whose code may change
         return None
     key = [
         *(training.job.model, len(training.job.classes), training.image_size, training.images_per_pass),
         *(training.architecture.native(), training.params["frozen_stages"], training.params["batch_norm"]),
-        *(_axes(training), msgspec.to_builtins(training.way), *tried),
+        *(_axes(training), msgspec.to_builtins(training.way), *also),
         *(describe_device(training.device), describe_processor(), str(torch.__version__), torchvision.__version__),
     ]
     return folder / "steps" / f"{hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:40]}.json"

@@ -180,7 +180,7 @@ class Training(TrainingLoop[Batch]):
             rows = range(start, start + len(own))
             start += len(own)
             if self.job.options["compile"] == "graphs":  # what the pass before gave is needed no more
-                torch.compiler.cudagraph_mark_step_begin()
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             with self.shared.last_pass(number == len(shares)):
                 with self.clock.part("forward", on_device=True):
                     losses = self._losses(self.shared, batch, rows)
