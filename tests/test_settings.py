@@ -91,7 +91,7 @@ def test_unknown_setting_in(where: str, tmp_path: Path) -> None:
         ({"learning_rate": "nan"}, "learning_rate='nan' (from the call) is not valid"),
         ({"learning_rate": float("inf")}, "expected a finite number"),
         ({"seconds_per_step": "soon"}, "seconds_per_step='soon' (from the call) is not valid: Expected float"),
-        ({"max_detections": "all"}, "one of 'auto'"),
+        ({"max_detections": "all"}, "one of 'auto', an int"),
         ({"max_detections": 0}, "Expected int >= 1"),
         ({"epochs": 3, "iterations": 4}, "give epochs or iterations, not both"),
     ],

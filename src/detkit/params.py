@@ -346,7 +346,10 @@ def _description(hint: Any) -> str:
     return ""
 
 
+_KINDS = {int: "an int", float: "a float", bool: "true or false"}
+
+
 def _explain(message: str, hint: Any) -> str:
-    allowed = [repr(word) for word in _words(hint)]
+    allowed = [repr(word) for word in _words(hint)] + [_KINDS[arm] for arm in _arms(hint) if arm in _KINDS]
     message = re.sub(r"`(int|float|str|bool|null|array)( \| null)?`", lambda m: m.group(1), message)
     return message + (f"; one of {', '.join(allowed)}" if allowed and "enum" in message else "")
