@@ -92,13 +92,14 @@ def test_one_process_needs_no_launcher() -> None:
     assert launching.launches({**OPTIONS, "gpus": "all"})
 
 
-def auto_job(batch_size: int | str, **options: Any) -> Job:
+def auto_job(batch_size: int | str, passes: int = 1, **options: Any) -> Job:
+    params = {"batch_size": batch_size, "grad_accumulation": passes}
     asked = {**OPTIONS, "processes": "auto", "device": "cpu", **options}
-    return Job(backend="b", engine="e", model="m", params={"batch_size": batch_size}, options=asked, classes=["a"])
+    return Job(backend="b", engine="e", model="m", params=params, options=asked, classes=["a"])
 
 
 @pytest.mark.parametrize(
-    ("cores", "batch_size", "tried"), [(2, 16, 2), (8, 16, 4), (8, "auto", 8), (8, 7, 1), (8, 3, 1), (1, 16, 1)]
+    ("cores", "batch_size", "tried"), [(2, 16, 2), (8, 16, 4), (8, "auto", 1), (8, 7, 1), (8, 3, 1), (1, 16, 1)]
 )
 def test_processes_that_are_tried(
     cores: int, batch_size: int | str, tried: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -112,6 +113,12 @@ def test_processes_that_are_tried(
         (workspace.checkpoints / PROCESSES).write_text(written)
         assert launching.decided(job, workspace)["processes"] == expected
         assert launching.decided(auto_job(batch_size, processes=3), workspace)["processes"] == 3
+
+
+def test_each_pass_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "count_cores", lambda: 4)
+    for passes, tried in {1: 4, 2: 2, 4: 1}.items():
+        assert launching.decided(auto_job(16, passes), Workspace(tmp_path))["processes"] == tried
 
 
 def test_a_gpu_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

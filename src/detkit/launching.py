@@ -22,7 +22,7 @@ from detkit.environments import python_command
 from detkit.errors import InvalidValue, UsageError
 from detkit.job import Job, Workspace
 from detkit.loading import count_cores
-from detkit.ranks import LAUNCHER
+from detkit.ranks import ALONE_THREADS, LAUNCHER, LOAD_BEFORE
 
 MEETING = ".rendezvous"
 """File in a run directory where the processes of one machine meet."""
@@ -31,7 +31,7 @@ _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Devices of NVIDIA's and AMD's drivers, and of either in WSL."""
 
 LEAST_IMAGES = 4
-"""Of a batch, for each of the processes that ``processes=auto`` tries: batch norms take statistics of them."""
+"""Of a pass, for each of the processes that ``processes=auto`` tries: batch norms take statistics of them."""
 
 _TORCHRUN = "from detkit.launching import launch; launch()"
 _TORCHRUN_OR_ALONE = "import sys; from detkit.launching import launch; launch(choice=sys.argv.pop(1))"
@@ -50,9 +50,13 @@ def launch(choice: str = "") -> None:
     ``DETKIT_LEASH`` is set they are asked to stop when standard input ends, too, which they share. Where they have
     written into ``choice``, a file, that one process is faster, this process becomes that one.
     """
+    import torch
     from torch.distributed import run
 
     environment = dict(os.environ)
+    if choice:
+        environment.setdefault(LOAD_BEFORE, str(os.getloadavg()[0]))
+        os.environ |= {**environment, ALONE_THREADS: str(torch.get_num_threads())}
     own = {option for action in run.get_args_parser()._actions for option in action.option_strings}
     given = ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"] if "--signals-to-handle" in own else []
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_GRACE_S)
@@ -87,14 +91,15 @@ def decided(job: Job, workspace: Workspace) -> dict[str, Any]:
     """Return a job's options with a number in place of ``processes=auto``.
 
     It is what the run's processes have chosen; where they have not yet, as many as are tried beside one: one on each
-    core, with `LEAST_IMAGES` or more of a batch. Where a GPU may be taken, it is one.
+    core, with `LEAST_IMAGES` or more of a pass. It is one where a GPU may be taken, and where ``batch_size=auto`` is
+    chosen by what one process has memory for.
     """
     if job.options.get("processes") != "auto":
         return dict(job.options)
-    size = job.params["batch_size"]
-    most = count_cores() if size == "auto" else min(count_cores(), size // LEAST_IMAGES)
+    size, passes = job.params["batch_size"], job.params.get("grad_accumulation", 1)
     takes_gpu = job.options.get("device", "auto") == "auto" and _has_gpu()
-    tried = 1 if takes_gpu else max(1, most)
+    is_one = takes_gpu or size == "auto"
+    tried = 1 if is_one else max(1, min(count_cores(), size // (passes * LEAST_IMAGES)))
     return {**job.options, "processes": _chosen(workspace.checkpoints / PROCESSES) or tried}
 
 

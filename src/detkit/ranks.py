@@ -29,6 +29,12 @@ VARIABLES = (
 LAUNCHER = "DETKIT_LAUNCHER"
 """The environment variable in which `detkit.launching.launch` tells its workers its process number."""
 
+LOAD_BEFORE = "DETKIT_LOAD_BEFORE"
+"""The environment variable with the machine's load before processes started that measure how many of them train."""
+
+ALONE_THREADS = "DETKIT_ALONE_THREADS"
+"""The environment variable in which these are told how many threads torch gives one process here."""
+
 _PR_SET_PDEATHSIG = 1
 """Of ``linux/prctl.h``: the signal that a process gets when the one that started it ends."""
 

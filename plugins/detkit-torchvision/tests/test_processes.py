@@ -21,7 +21,7 @@ from detkit.backends import LocalBackend
 from detkit.errors import RunFailed, UsageError, WorkerDied
 from detkit.job import Workspace
 from detkit.processes import worker_environment
-from detkit.ranks import Alone, Place
+from detkit.ranks import LOAD_BEFORE, Alone, Place
 from detkit.runs import LocalRun, Run
 from detkit.testing.jobs import write_coco
 from detkit_torchvision import probing
@@ -215,10 +215,7 @@ def test_last_batch_smaller_than_the_processes(tiny: Dataset, tmp_path: Path) ->
 
 
 SLOW = """
-import os
 import time
-
-os.getloadavg = lambda: (0.0, 0.0, 0.0)  # whatever else the machine of the test does
 
 
 def by_images(network, num_outputs):
@@ -234,7 +231,8 @@ def by_passes(network, num_outputs):
 
 
 @pytest.fixture
-def slow(tmp_path: Path) -> Path:
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(LOAD_BEFORE, "0.1")  # whatever else the machine of the test does
     (tmp_path / "slow.py").write_text(SLOW)
     return tmp_path
 
@@ -269,6 +267,17 @@ def test_one_process_where_that_is_faster(tiny: Dataset, slow: Path) -> None:
     assert losses(run) == losses(expected)
     assert run.model.manifest.hardware["processes"] == "1"
     assert messages(run).count("processes=auto") == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_while_they_measure(tiny: Dataset, slow: Path) -> None:
+    """What was too much for the machine is not tried again."""
+    trainer = Trainer(**SETTINGS | {"epochs": 1, "batch_size": 8, "code": slow, "modify": "slow:by_images"})
+    run = trainer.start(tiny, tiny, processes="auto", leash=True)
+    ranks(run)[1].kill()
+    assert run.wait().status == "finished"
+    assert "one process trains, as one of several was lost while they measured" in messages(run)
+    assert run.model.manifest.hardware["processes"] == "1"
 
 
 @pytest.mark.slow

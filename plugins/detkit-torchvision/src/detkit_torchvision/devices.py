@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from detkit.errors import UsageError
+from detkit.ranks import LOAD_BEFORE
 
 CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
 """Layouts of images and of what is made of them: by pixels, as torch calls it, and in planes."""
@@ -81,7 +82,7 @@ def compile_backbone(network: Any, device: torch.device, how: bool | str) -> Non
         raise UsageError(f"compile=graphs records CUDA graphs, and this run is on {device.type}; say compile=true")
     compiler = os.environ.get("CXX") or "g++"
     if shutil.which(compiler) is None and shutil.which("clang++") is None:
-        raise UsageError(f"compile=true needs a C++ compiler, and there is no {compiler}; install one, or leave it out")
+        raise UsageError(f"compile= needs a C++ compiler, and there is no {compiler}; install one, or leave it out")
     network.backbone.compile(mode="reduce-overhead" if how == "graphs" else "default")
 
 
@@ -114,7 +115,7 @@ def use_threads(wanted: int | str) -> str | None:
 
 def business() -> str | None:
     """Say that others keep this machine's cores busy; None where they do not."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    load, cores = float(os.environ.get(LOAD_BEFORE) or os.getloadavg()[0]), os.cpu_count() or 1
     return None if load < _BUSY * cores else f"this machine is busy (load {load:.1f} on {cores} cores)"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +22,11 @@ import torch
 import torchvision
 
 from detkit.checkpoints import PROCESSES, STEP
-from detkit.errors import StorageError
+from detkit.errors import Stopped, StorageError
 from detkit.files import cache_folder, write_json
 from detkit.launching import LEAST_IMAGES
 from detkit.loading import count_cores
-from detkit.ranks import TrainsAlone
+from detkit.ranks import ALONE_THREADS, TrainsAlone
 from detkit_torchvision.devices import (
     CHANNELS_LAST,
     CONTIGUOUS,
@@ -35,6 +36,7 @@ from detkit_torchvision.devices import (
     to_device,
 )
 from detkit_torchvision.distributed import Shared
+from detkit_torchvision.optimizers import make_optimizer
 
 if TYPE_CHECKING:
     from detkit_torchvision.batches import Batch
@@ -125,9 +127,12 @@ def choose_processes(training: Training, losses: Losses) -> None:
     ranks = training.ranks
     if training.job.options["processes"] != "auto":
         return
+    kept = training.workspace.checkpoints / PROCESSES
     if ranks.size == 1:
-        if training.device.type == "cpu" and not (training.workspace.checkpoints / PROCESSES).is_file():
-            training.say(f"processes=auto: one process trains; more need a core each, and {LEAST_IMAGES} images a step")
+        if not kept.is_file():
+            several = f"several need device=cpu, a core each, and {LEAST_IMAGES} images of a pass each"
+            training.say(f"processes=auto: one process trains, on {training.device}; {several}")
+            write_json(kept, 1)
         return
 
     def agreed(count: Callable[[], int]) -> int:
@@ -147,6 +152,10 @@ def _remembered(training: Training) -> int:
     kept = training.workspace.checkpoints / PROCESSES
     if kept.is_file():
         return msgspec.json.decode(kept.read_bytes(), type=int)
+    if training.ranks.place.restarts:
+        training.say("processes=auto: one process trains, as one of several was lost while they measured")
+        write_json(kept, 1)
+        return 1
     known = _known(training, *_tried(training))
     if known is not None and (found := _read(known, Together)) is not None:
         return _decided(training, found, "measured before")
@@ -166,7 +175,15 @@ def _judged(training: Training, found: Together) -> int:
 
 def _tried(training: Training) -> tuple[Any, ...]:
     """Return what the speed of these processes depends on, beside what that of one does."""
-    return training.ranks.size, count_cores(), training.job.options["compress_gradients"]
+    return training.ranks.size, _alone(training), training.job.options["compress_gradients"]
+
+
+def _alone(training: Training) -> Way:
+    """Return the way in which one process would take a step."""
+    threads = training.job.options["threads"]
+    if threads == "auto":
+        threads = int(os.environ.get(ALONE_THREADS) or count_cores())
+    return msgspec.structs.replace(training.way, threads=threads)
 
 
 def _decided(training: Training, found: Together, told: str) -> int:
@@ -179,36 +196,43 @@ def _decided(training: Training, found: Together, told: str) -> int:
 
 
 def _speedup(training: Training, losses: Losses) -> float:
-    """Return how many times as fast as one process, which then has all images of a pass, these processes are."""
-    ranks, way = training.ranks, training.way
+    """Return how many times as fast as one process, which then has all images of a pass, these processes are.
+
+    A step is a pass forward and back, and the optimizer's. Raises `Stopped` in all of them where one was asked to stop.
+    """
+    ranks, way, alone = training.ranks, training.way, _alone(training)
     batch = next(training.batches())
     own = list(range(min(training.images_per_pass, len(batch.indices))))
-    threads = training.job.options["threads"]
-    alone = msgspec.structs.replace(way, threads=count_cores() if threads == "auto" else threads)
     training.network.train()
     training.frozen.keep()
+    mine, single = (copy.deepcopy(training.network) for _ in range(2))
+    optimizers = {network: make_optimizer(network, training.params, 0.0) for network in (mine, single)}
     compression = training.job.options["compress_gradients"]
-    unused = training.params.get("modify") is not None
-    shared = Shared(copy.deepcopy(training.network), ranks, compression, may_be_unused=unused)
-    single = copy.deepcopy(training.network) if ranks.rank == 0 else None
+    shared = Shared(mine, ranks, compression, may_be_unused=training.params.get("modify") is not None)
 
-    def take(network: Any, rows: list[int], way: Way) -> None:
+    def take(call: Any, network: Any, rows: list[int], way: Way) -> None:
         torch.set_num_threads(way.threads)
         torch.manual_seed(training.step_seed())
-        torch.stack(list(losses(network, batch, rows, way).values())).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(losses(call, batch, rows, way).values())).sum().backward()  # type: ignore[no-untyped-call]
+        optimizers[network].step()
+        optimizers[network].zero_grad()
+
+    def agree() -> None:
+        if ranks.sum([float(training.workspace.stop_requested)])[0]:
+            raise Stopped
 
     seconds: dict[bool, list[float]] = {True: [], False: []}
     try:
         with torch.random.fork_rng([]):
             for _ in range(1 + ROUNDS):
                 for together in (True, False):
-                    ranks.sum([0.0])
+                    agree()
                     started = time.perf_counter()
                     if together:
-                        take(shared, own, way)
-                    elif single is not None:
-                        take(single, own * ranks.size, alone)
-                    ranks.sum([0.0])
+                        take(shared, mine, own, way)
+                    elif ranks.rank == 0:
+                        take(single, single, own * ranks.size, alone)
+                    agree()
                     seconds[together].append(time.perf_counter() - started)
     finally:
         torch.set_num_threads(way.threads)

@@ -64,6 +64,12 @@ class Training(TrainingLoop[Batch]):
         self.way = default_way(self.params["amp"], self.device)
         if self.way.amp == "fp16" and self.device.type == "cpu":
             raise UsageError("amp=fp16 needs a GPU; on a CPU choose amp=bf16 or none")
+        if job.options["compile"] == "graphs" and self.params["grad_accumulation"] > 1:
+            passes = self.params["grad_accumulation"]
+            raise UsageError(
+                f"compile=graphs and grad_accumulation={passes}: gradients of a pass lie where the next one writes its "
+                "own; say compile=true"
+            )
         self.spec = MODELS[job.model]
         self.image_size = input_size(self.params["image_size"], job.model, self.data)
         if 0 < self.params["multi_scale"] * self.image_size < _SIZE_STEP:
@@ -93,9 +99,6 @@ class Training(TrainingLoop[Batch]):
 
     def prepare(self) -> None:
         """Put the network, its weights and the optimizer where training begins, or where a checkpoint left them."""
-        budget = cache_budget() - self.inputs.num_bytes
-        self.validation = self._inputs("validation", budget)
-        self.test = self._inputs("test", budget - (self.validation.num_bytes if self.validation else 0))
         if not self.resumes:
             for first in (True, False):  # which may fetch weights for all
                 if first == (self.ranks.rank == 0):
@@ -106,7 +109,10 @@ class Training(TrainingLoop[Batch]):
         to_device(self.network, self.device)
         self.frozen = Frozen(self.network, num_stages=self.params["frozen_stages"], norms=self._freezes_norms())
         self.optimizer = make_optimizer(self.network, self.params, self.peak_learning_rate)
-        choose_processes(self, self._losses)
+        self._explained(lambda: choose_processes(self, self._losses))
+        budget = cache_budget() - self.inputs.num_bytes
+        self.validation = self._inputs("validation", budget)
+        self.test = self._inputs("test", budget - (self.validation.num_bytes if self.validation else 0))
         self.way = choose_way(self, self._losses)
         torch.set_num_threads(self.way.threads)
         to_device(self.network, self.device, self.way.layout)
@@ -179,7 +185,7 @@ class Training(TrainingLoop[Batch]):
         for number, (own, share) in enumerate(shares, 1):
             rows = range(start, start + len(own))
             start += len(own)
-            if self.job.options["compile"] == "graphs":  # what the pass before gave is needed no more
+            if self.job.options["compile"] == "graphs":  # what the step before gave is needed no more
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             with self.shared.last_pass(number == len(shares)):
                 with self.clock.part("forward", on_device=True):
