@@ -369,7 +369,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where detkit's step spends its time, too")
     parser.add_argument("--switches", action="store_true", help="rows for what each switch is worth")
     parser.add_argument("--batch", type=int, help="instead of each model's")
-    parser.add_argument("--rounds", type=int, default=6, help="0: no times, only --ap")
+    parser.add_argument("--rounds", type=int, default=6, help="0: no times, only --ap and --profile")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=320, help="of the JPEGs")
     parser.add_argument("--first-step", action="store_true", help="seconds from fit() to the first step, too")
@@ -396,14 +396,14 @@ def main() -> None:
                 contenders |= {"detkit bf16": replace(ours, amp=args.amp), "plain bf16": replace(plain, amp=args.amp)}
             if args.rounds:
                 compare(model, contenders, images, args.rounds)
-            if args.amp and args.rounds:
+            if args.rounds and args.amp:
                 pair = {"plain bf16": contenders["plain bf16"], "detkit bf16": contenders["detkit bf16"]}
                 compare(model, pair, images, args.rounds)
             if args.amp and args.ap:
                 both = [reached(model, amp, args, root) for amp in (None, args.amp)]
                 told = f"AP after {args.ap} epochs of {args.ap_images} images at {args.ap_size or size} pixels"
                 print(f"{model:38} {told}: float32 {both[0]:.3f}, {args.amp} {both[1]:.3f}", flush=True)
-            if args.switches and args.rounds:
+            if args.rounds and args.switches:
                 others = {label: replace(ours, **change) for label, change in SWITCHES.items()}
                 if args.device != "cpu":
                     del others["two processes"]

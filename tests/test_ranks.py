@@ -104,7 +104,7 @@ def auto_job(batch_size: int | str, passes: int = 1, **options: Any) -> Job:
 def test_processes_that_are_tried(
     cores: int, batch_size: int | str, tried: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has a core and four images of the batch, until one has written what they chose."""
+    """Each has a core and four images of a pass, until one has written what they chose."""
     monkeypatch.setattr(launching, "count_cores", lambda: cores)
     workspace, job = Workspace(tmp_path), auto_job(batch_size)
     assert launching.decided(job, workspace) == {**job.options, "processes": tried}

@@ -205,8 +205,9 @@ def _speedup(training: Training, losses: Losses) -> float:
     own = list(range(min(training.images_per_pass, len(batch.indices))))
     training.network.train()
     training.frozen.keep()
-    mine, single = (copy.deepcopy(training.network) for _ in range(2))
-    optimizers = {network: make_optimizer(network, training.params, 0.0) for network in (mine, single)}
+    # Two copies on rank 0: gradients of one that is shared would wait for those of the others.
+    mine, *single = (copy.deepcopy(training.network) for _ in range(2 if ranks.rank == 0 else 1))
+    optimizers = {network: make_optimizer(network, training.params, 0.0) for network in (mine, *single)}
     compression = training.job.options["compress_gradients"]
     shared = Shared(mine, ranks, compression, may_be_unused=training.params.get("modify") is not None)
 
@@ -230,8 +231,9 @@ def _speedup(training: Training, losses: Losses) -> float:
                     started = time.perf_counter()
                     if together:
                         take(shared, mine, own, way)
-                    elif ranks.rank == 0:
-                        take(single, single, own * ranks.size, alone)
+                    else:
+                        for network in single:
+                            take(network, network, own * ranks.size, alone)
                     agree()
                     seconds[together].append(time.perf_counter() - started)
     finally:
